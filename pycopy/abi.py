@@ -1,0 +1,94 @@
+"""Twin of bpf/pycopy.h: the records, counters and constants shared with the BPF programs.
+
+Nothing here knows what a record means. tests/bpf/test_abi.py compares every size
+and offset with what the compiler made of the header.
+"""
+
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+ABI_VERSION = 1
+
+KIND_CLIENT = 1
+KIND_TARGET = 2
+
+OPT_MSS = 0x01
+OPT_WSCALE = 0x02
+OPT_SACK_PERM = 0x04
+OPT_TIMESTAMPS = 0x08
+
+#: A super-segment with more payload than this becomes several records.
+PIECE_BYTES = 16384
+
+FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = 1, 2, 4, 8, 16, 32, 64, 128
+
+#: ``struct pycopy_key``: client address, server address (16 bytes each, IPv4-mapped for
+#: IPv4), client port, server port (2 bytes each, network order).
+KEY = struct.Struct("!16s16sHH")
+
+#: ``struct pycopy_segment``: one unpack gives the fields of :class:`Segment`, in order.
+SEGMENT = struct.Struct("<Q4B2H6IH2B36s32s")
+SEGMENT_BYTES = SEGMENT.size
+
+
+class Segment(NamedTuple):
+    """One TCP segment as the kernel saw it, host byte order; see ``struct pycopy_segment``.
+
+    ``seq`` and ``ack`` are in the sequence space of whoever sent it: the client and the
+    online server for ``KIND_CLIENT``, the target and us for ``KIND_TARGET``. ``key`` and
+    ``sack`` are raw bytes (:data:`KEY`; little-endian edge pairs, ``sack_blocks`` valid).
+    ``seg_len`` is payload bytes; the payload itself travels beside the tuple.
+    """
+
+    time_ns: int
+    kind: int
+    tcp_flags: int
+    options: int
+    wscale: int
+    service: int
+    wnd: int
+    seq: int
+    ack: int
+    tsval: int
+    tsecr: int
+    seg_len: int
+    payload_bytes: int
+    mss: int
+    family: int
+    sack_blocks: int
+    key: bytes
+    sack: bytes
+
+
+class CaptureCount(IntEnum):
+    """``enum pycopy_capture_count``: index into the per-CPU array ``counts`` of capture.c."""
+
+    SELECTED = 0
+    EXTRA_PIECES = 1
+    CAPTURED = 2
+    PURE_ACK = 3
+    FILTERED = 4
+    FRAGMENT = 5
+    TRUNCATED = 6
+    MALFORMED = 7
+    RING_FULL = 8
+
+
+class InterceptCount(IntEnum):
+    """``enum pycopy_intercept_count``: index into ``counts`` of intercept.c."""
+
+    MATCHED = 0
+    CAPTURED = 1
+    PASSED = 2
+    FRAGMENT = 3
+    TRUNCATED = 4
+    MALFORMED = 5
+    RING_FULL = 6
+
+
+PASS = 0
+SWALLOW = 1
+
+#: ``struct pycopy_claim_key``: prefix length in bits (IPv4: 96 + n), address (16 bytes).
+CLAIM_KEY = struct.Struct("<I16s")

@@ -1,0 +1,105 @@
+"""Whose response is it: ranges and claimed sessions of all connected replays.
+
+Knows keys, addresses and tokens for replays; neither sockets nor the kernel's claims (what
+is swallowed is claims.py's business, and outlives the replay that asked for it).
+"""
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Generic, TypeVar
+
+from pycopy.channel.codec import Range
+
+#: Sessions claimed at once, over all replays (about 200 bytes each).
+MAX_CLAIMS = 1_000_000
+#: Destinations whose range has been looked up already.
+_MAX_KNOWN = 65536
+
+Replay = TypeVar("Replay")
+
+
+class Routes(Generic[Replay]):
+    """The server's hot path reads ``by_addr``, ``claims`` and ``per_session`` itself."""
+
+    def __init__(self, max_claims: int = MAX_CLAIMS) -> None:
+        self._max_claims = max_claims
+        self._ranges: dict[Range, tuple[Replay, ...]] = {}
+        self._claimed: dict[Replay, int] = {}
+        #: Destination address to the replays with the longest range around it (maybe none).
+        self.by_addr: dict[bytes, tuple[Replay, ...]] = {}
+        #: Session key to the replay that claimed it last.
+        self.claims: dict[bytes, Replay] = {}
+        #: Replays without ranges: what nobody claims may be any of theirs.
+        self.per_session: tuple[Replay, ...] = ()
+        self.evicted = 0
+        self.taken_over = 0
+
+    @property
+    def has_ranges(self) -> bool:
+        return bool(self._ranges)
+
+    def add(self, replay: Replay, ranges: Iterable[Range]) -> None:
+        ranges = tuple(dict.fromkeys(ranges))
+        for item in ranges:
+            self._ranges[item] = (*self._ranges.get(item, ()), replay)
+        if not ranges:
+            self.per_session = (*self.per_session, replay)
+        self._claimed[replay] = 0
+        self.by_addr.clear()
+
+    def remove(self, replay: Replay) -> None:
+        for item, owners in list(self._ranges.items()):
+            rest = tuple(owner for owner in owners if owner is not replay)
+            if rest:
+                self._ranges[item] = rest
+            else:
+                del self._ranges[item]
+        self.per_session = tuple(other for other in self.per_session if other is not replay)
+        self.by_addr.clear()
+        # The table may be large and replays come and go: only look through it if need be.
+        if self._claimed.pop(replay, 0):
+            for key in [key for key, owner in self.claims.items() if owner is replay]:
+                del self.claims[key]
+
+    def claim(self, replay: Replay, keys: Iterable[bytes]) -> None:
+        claims, claimed = self.claims, self._claimed
+        for key in keys:
+            owner = claims.get(key)
+            if owner is replay:
+                continue
+            if owner is not None:
+                # Two replays live the same 5-tuple: the target cannot tell them apart either.
+                self.taken_over += 1
+                claimed[owner] -= 1
+            claims[key] = replay
+            claimed[replay] += 1
+        if len(claims) > self._max_claims:
+            self._evict()
+
+    def release(self, replay: Replay, keys: Iterable[bytes]) -> None:
+        claims = self.claims
+        for key in keys:
+            if claims.get(key) is replay:
+                del claims[key]
+                self._claimed[replay] -= 1
+
+    def owners_by_range(self, addr: bytes) -> tuple[Replay, ...]:
+        """Longest prefix wins; remembered, because a destination is asked for many times."""
+        number = int.from_bytes(addr, "big")
+        best: tuple[Replay, ...] = ()
+        longest = -1
+        for (start, bits), owners in self._ranges.items():
+            shift = 128 - bits
+            if bits > longest and number >> shift == int.from_bytes(start, "big") >> shift:
+                best, longest = owners, bits
+        if len(self.by_addr) >= _MAX_KNOWN:
+            self.by_addr.clear()
+        self.by_addr[addr] = best
+        return best
+
+    def _evict(self) -> None:
+        # Oldest first, many at once: finding a dict's first key walks over its deleted ones.
+        count = len(self.claims) - self._max_claims + self._max_claims // 64
+        for key in list(islice(self.claims, count)):
+            self._claimed[self.claims.pop(key)] -= 1
+        self.evicted += count

@@ -1,0 +1,353 @@
+"""The intercept's end of the channel: takes in replays and hands each its own records.
+
+Nothing a peer does may hold up another: all sockets are non-blocking, every queue and table
+is bounded, and who says nothing, nonsense or too little is shown out. What a claim means for
+the kernel is the owner's business (``on_hello``).
+"""
+
+import socket
+import time
+from collections.abc import Callable, Iterable
+from enum import IntEnum
+from typing import Any
+
+from pycopy import __version__
+from pycopy.abi import ABI_VERSION, SEGMENT_BYTES
+from pycopy.channel import codec
+from pycopy.channel.codec import (
+    MAX_RECORDS,
+    PROTOCOL,
+    Bye,
+    Claim,
+    Frame,
+    Hello,
+    Placement,
+    Progress,
+    ProtocolError,
+    Refuse,
+    Release,
+    Welcome,
+)
+from pycopy.channel.listen import listen
+from pycopy.channel.routes import Routes
+from pycopy.channel.stream import FrameStream
+from pycopy.loop import READ, Loop
+
+DEFAULT_PORT = 36524
+MAX_REPLAYS = 64
+#: Connections that have not said HELLO yet; the oldest makes room for a newcomer.
+MAX_STRANGERS = 64
+#: Unsent bytes a replay may have; what comes on top is dropped and counted.
+MAX_UNSENT_BYTES = 8 * 1024 * 1024
+
+#: Later than any deadline (the caller's own tick is what bounds its wait then).
+NEVER_NS = 1 << 62
+
+#: Where ``pycopy_key`` and its client address lie in a record.
+_KEY_AT = SEGMENT_BYTES - 32 - 36
+_ADDR_END = _KEY_AT + 16
+_KEY_END = _KEY_AT + 36
+
+_ACCEPTS_A_TURN = 16
+_COMPLAINT_GAP_NS = 1_000_000_000
+
+
+class Fate(IntEnum):
+    """What became of a response record, exactly one each."""
+
+    TO_RANGE = 0
+    TO_CLAIM = 1
+    TO_ALL = 2
+    NO_REPLAY = 3
+    REPLAY_SLOW = 4
+
+
+class Visit(IntEnum):
+    """Connections: those ACCEPTED are there now or have ended in one of the ways from LEFT on."""
+
+    ACCEPTED = 0
+    WELCOMED = 1
+    LEFT = 2
+    LOST = 3
+    REPLACED = 4
+    GARBAGE = 5
+    OTHER_VERSION = 6
+    REFUSED = 7
+    NO_HELLO = 8
+
+
+class Refusal(Exception):
+    """Raised by ``on_hello``: this replay cannot be served, and why."""
+
+
+class Replay(FrameStream):
+    """A connection, and what the intercept keeps about the replay behind it."""
+
+    __slots__ = ("batch", "dropped", "instance", "name", "ranged", "room")
+
+    def __init__(
+        self, sock: socket.socket, loop: Loop, handler: "ChannelServer", name: str
+    ) -> None:
+        super().__init__(sock, loop, handler, codec.FIRST_FROM_REPLAY)
+        self.name = name
+        self.instance = 0
+        self.ranged = False
+        self.batch: list[bytes] = []
+        self.room = MAX_UNSENT_BYTES
+        self.dropped = 0
+
+
+class ChannelServer:
+    """Listens at once, serves while the loop runs; ``deadline_ns``/``on_timer`` for its timers."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        bind: str,
+        port: int,
+        *,
+        placement: Placement,
+        instance: int,
+        on_hello: Callable[[Hello, str], None],
+        log: Callable[[str], None],
+    ) -> None:
+        self._loop = loop
+        self._placement = placement
+        self._instance = instance
+        self._on_hello = on_hello
+        self._log = log
+        self._complained_ns = 0
+        self._complaints_unsaid = 0
+        self._strangers: dict[Replay, None] = {}
+        self._replays: dict[Replay, None] = {}
+        self.routes: Routes[Replay] = Routes()
+        self.fates = [0] * len(Fate)
+        self.visits = [0] * len(Visit)
+        #: Of replays that have gone: copies made, sent, dropped because slow, lost unsent.
+        self._gone_made = self._gone_sent = self._gone_dropped = self._gone_unsent = 0
+        self._listener = listen(bind, port)
+        self.port: int = self._listener.getsockname()[1]
+        loop.add(self._listener.fileno(), READ, self._on_accept)
+
+    # --- records ---
+
+    def forward(self, records: Iterable[bytes]) -> None:
+        """Route one drain of the ring (each record ``SEGMENT_BYTES`` long) and send it."""
+        routes, fates = self.routes, self.fates
+        by_addr, claims = routes.by_addr, routes.claims
+        per_session, has_ranges = routes.per_session, routes.has_ranges
+        for replay in self._replays:
+            replay.room = MAX_UNSENT_BYTES - replay.unsent_bytes
+        for record in records:
+            replays: tuple[Replay, ...] | None = None
+            fate = Fate.TO_RANGE
+            if has_ranges:
+                addr = record[_KEY_AT:_ADDR_END]
+                replays = by_addr.get(addr)
+                if replays is None:
+                    replays = routes.owners_by_range(addr)
+            if not replays:
+                owner = claims.get(record[_KEY_AT:_KEY_END])
+                if owner is not None:
+                    replays = (owner,)
+                    fate = Fate.TO_CLAIM
+                elif per_session:
+                    # Not claimed yet, or not any more: who knows the session will know it.
+                    replays = per_session
+                    fate = Fate.TO_ALL
+                else:
+                    fates[Fate.NO_REPLAY] += 1
+                    continue
+            taken = False
+            for replay in replays:
+                replay.total += 1
+                if replay.room > 0:
+                    replay.room -= SEGMENT_BYTES
+                    replay.batch.append(record)
+                    taken = True
+                else:
+                    replay.dropped += 1
+            fates[fate if taken else Fate.REPLAY_SLOW] += 1
+        # A failed send removes the replay from the table.
+        for replay in list(self._replays):
+            if replay.batch:
+                self._send_batch(replay)
+
+    def _send_batch(self, replay: Replay) -> None:
+        batch = replay.batch
+        for at in range(0, len(batch), MAX_RECORDS):
+            piece = batch[at : at + MAX_RECORDS]
+            # What was dropped in this turn is told by the first frame already.
+            to_come = len(batch) - at - len(piece)
+            frame = Progress(replay.total - to_come, b"".join(piece))
+            replay.send(frame.encode(), len(piece))
+        batch.clear()
+        replay.flush()
+
+    # --- connections ---
+
+    def _on_accept(self, _events: int) -> None:
+        for _ in range(_ACCEPTS_A_TURN):
+            try:
+                sock, address = self._listener.accept()
+            except OSError:
+                return
+            self._take_in(sock, address)
+
+    def _take_in(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        self.visits[Visit.ACCEPTED] += 1
+        if len(self._strangers) >= MAX_STRANGERS:
+            self._show_out(next(iter(self._strangers)), Visit.NO_HELLO, "")
+        host = address[0].removeprefix("::ffff:")
+        name = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+        self._strangers[Replay(sock, self._loop, self, name)] = None
+
+    def on_frame(self, stream: FrameStream, frame: Frame) -> None:
+        assert isinstance(stream, Replay)
+        if isinstance(frame, Claim | Release):
+            if stream.ranged:
+                raise ProtocolError("a replay that named its ranges claims sessions")
+            if isinstance(frame, Claim):
+                self.routes.claim(stream, frame.keys)
+            else:
+                self.routes.release(stream, frame.keys)
+        elif isinstance(frame, Hello):
+            self._welcome(stream, frame)
+        elif isinstance(frame, Bye):
+            self._show_out(stream, Visit.LEFT, "")
+            self._log(f"replay {stream.name} has left")
+
+    def on_lost(self, stream: FrameStream, reason: str) -> None:
+        assert isinstance(stream, Replay)
+        if stream in self._strangers:
+            self._show_out(stream, Visit.NO_HELLO, "")
+            self._complain(f"{stream.name} connected but said no HELLO: {reason}")
+        else:
+            self._show_out(stream, Visit.LOST, "")
+            self._log(f"replay {stream.name} is lost: {reason}")
+
+    def on_garbage(self, stream: FrameStream, error: ProtocolError) -> None:
+        assert isinstance(stream, Replay)
+        self._show_out(stream, Visit.GARBAGE, f"this is a pycopy intercept; {error}")
+        self._complain(f"{stream.name} does not speak the pycopy channel, closed: {error}")
+
+    def _welcome(self, replay: Replay, hello: Hello) -> None:
+        if (hello.protocol, hello.abi) != (PROTOCOL, ABI_VERSION):
+            text = version_mismatch("replay", hello, "intercept")
+            self._show_out(replay, Visit.OTHER_VERSION, text)
+            self._complain(f"{replay.name} refused: {text}")
+            return
+        for other in [other for other in self._replays if other.instance == hello.instance]:
+            # The same process connected anew before we noticed that its old connection is dead.
+            self._show_out(other, Visit.REPLACED, "")
+        try:
+            if len(self._replays) >= MAX_REPLAYS:
+                raise Refusal(f"{MAX_REPLAYS} replays are connected already")
+            self._on_hello(hello, replay.name)
+        except Refusal as refusal:
+            self._show_out(replay, Visit.REFUSED, str(refusal))
+            self._complain(f"{replay.name} refused: {refusal}")
+            return
+        self.visits[Visit.WELCOMED] += 1
+        del self._strangers[replay]
+        self._replays[replay] = None
+        replay.instance = hello.instance
+        replay.ranged = bool(hello.ranges)
+        self.routes.add(replay, hello.ranges)
+        replay.greeting_over(codec.FROM_REPLAY)
+        replay.send(Welcome(self._instance, self._placement).encode())
+        replay.flush()
+
+    def _show_out(self, replay: Replay, visit: Visit, refusal: str) -> None:
+        self.visits[visit] += 1
+        self._strangers.pop(replay, None)
+        if replay in self._replays:
+            del self._replays[replay]
+            self.routes.remove(replay)
+        replay.close(Refuse(refusal).encode() if refusal else b"")
+        self._gone_made += replay.total
+        self._gone_sent += replay.records_sent
+        self._gone_dropped += replay.dropped
+        self._gone_unsent += replay.unsent_records + len(replay.batch)
+
+    def _complain(self, text: str) -> None:
+        """One line about a stranger; in a flood of them, one line a second."""
+        now_ns = time.monotonic_ns()
+        if now_ns - self._complained_ns < _COMPLAINT_GAP_NS:
+            self._complaints_unsaid += 1
+            return
+        more = f" (and {self._complaints_unsaid} more before)" if self._complaints_unsaid else ""
+        self._complained_ns, self._complaints_unsaid = now_ns, 0
+        self._log(text + more)
+
+    # --- timers, end, report ---
+
+    @property
+    def deadline_ns(self) -> int:
+        peers = (*self._strangers, *self._replays)
+        return min((peer.deadline_ns for peer in peers), default=NEVER_NS)
+
+    def on_timer(self, now_ns: int) -> None:
+        for replay in (*self._strangers, *self._replays):
+            if not replay.closed:
+                replay.on_timer(now_ns)
+
+    def close(self, patience_s: float = 1.0) -> None:
+        """Stop listening, send what is queued to replays that still read, say BYE."""
+        if self._listener.fileno() < 0:
+            return
+        self._loop.remove(self._listener.fileno())
+        self._listener.close()
+        until_ns = time.monotonic_ns() + int(patience_s * 1e9)
+        while any(r.unsent_bytes for r in self._replays) and time.monotonic_ns() < until_ns:
+            self._loop.wait(until_ns)
+        for replay in list(self._strangers):
+            self._show_out(replay, Visit.NO_HELLO, "")
+        for replay in list(self._replays):
+            replay.close(Bye(replay.total).encode())
+            self._show_out(replay, Visit.LEFT, "")
+
+    def snapshot(self) -> dict[str, dict[str, int]]:
+        """Copies of records (one response may go to several replays), connections, claims."""
+        replays = list(self._replays)
+        copies = {
+            "made": self._gone_made + sum(replay.total for replay in replays),
+            "sent": self._gone_sent + sum(replay.records_sent for replay in replays),
+            "queued": sum(replay.unsent_records for replay in replays),
+            "dropped_slow": self._gone_dropped + sum(replay.dropped for replay in replays),
+            "lost_with_replay": self._gone_unsent,
+        }
+        connections = {
+            "replays": len(replays),
+            "strangers": len(self._strangers),
+            **{visit.name.lower(): self.visits[visit] for visit in Visit},
+        }
+        claims = {
+            "sessions": len(self.routes.claims),
+            "taken_over": self.routes.taken_over,
+            "evicted": self.routes.evicted,
+        }
+        return {"copies": copies, "connections": connections, "claims": claims}
+
+    def balance(self) -> list[str]:
+        """What does not add up, in words; empty is balanced. Between loop turns only."""
+        shot = self.snapshot()
+        wrong = []
+        made, *ends = shot["copies"].values()
+        if made != sum(ends):
+            wrong.append(f"{made} copies were made, but what became of them sums to {sum(ends)}")
+        here = len(self._replays) + len(self._strangers)
+        accepted, ended = self.visits[Visit.ACCEPTED], sum(self.visits[Visit.LEFT :])
+        if accepted != here + ended:
+            wrong.append(f"{accepted} connections, but {here} are there and {ended} have ended")
+        return wrong
+
+
+def version_mismatch(peer_role: str, peer: Hello | Welcome, own_role: str) -> str:
+    """Both versions, and which side is the older one."""
+    older = peer_role if (peer.protocol, peer.abi) < (PROTOCOL, ABI_VERSION) else own_role
+    return (
+        f"this {own_role} is pycopy {__version__} (channel {PROTOCOL}, records {ABI_VERSION}), "
+        f"the {peer_role} is pycopy {peer.version} (channel {peer.protocol}, records {peer.abi}): "
+        f"upgrade pycopy on the {older}'s host"
+    )

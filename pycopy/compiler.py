@@ -1,0 +1,64 @@
+"""The child that compiles: ``python3 -m pycopy.compiler FD``, started by pycopy.loader.
+
+bcc brings clang, some 100 MB, into whoever imports it. So it is imported here only: the
+request comes over the socket FD as JSON, the descriptors of the loaded program and of its
+maps go back over it (SCM_RIGHTS), and the process ends. Whatever clang and the verifier
+have to say is on stdout and stderr; the loader reads it there.
+
+Must run under any Python 3 that has bcc, and needs no other module of pycopy.
+"""
+
+import ctypes
+import json
+import os
+import socket
+import sys
+from typing import Any
+
+
+def _receive(channel: socket.socket) -> dict[str, Any]:
+    parts = []
+    while part := channel.recv(1 << 16):
+        parts.append(part)
+    request: dict[str, Any] = json.loads(b"".join(parts))
+    return request
+
+
+def _compile(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """The reply and the descriptors that go with it: the program's, then each map's."""
+    os.environ["BCC_KERNEL_SOURCE"] = request["stub"]
+    try:
+        from bcc import BPF, lib
+    except ImportError as error:
+        return {"failed": "import", "text": str(error)}, []
+    lib.bpf_table_name.restype = ctypes.c_char_p
+    lib.bpf_table_name.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    try:
+        module = BPF(text=request["text"], cflags=request["cflags"])
+    except Exception as error:  # bcc raises nothing more precise
+        return {"failed": "compile", "text": str(error)}, []
+    if not lib.bpf_function_start(module.module, request["program"].encode()):
+        return {"failed": "compile", "text": f"no function {request['program']}"}, []
+    try:
+        kind = BPF.XDP if request["xdp"] else BPF.SCHED_CLS
+        program = module.load_func(request["program"], kind)
+    except Exception as error:
+        return {"failed": "load", "text": str(error)}, []
+    count = lib.bpf_num_tables(module.module)
+    names = [lib.bpf_table_name(module.module, index).decode() for index in range(count)]
+    fds = [lib.bpf_table_fd(module.module, name.encode()) for name in names]
+    return {"maps": names}, [program.fd, *fds]
+
+
+def main() -> None:
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    reply, fds = _compile(_receive(channel))
+    socket.send_fds(channel, [json.dumps(reply).encode()], fds)
+    # Straight out: unwinding clang costs time and can only go wrong.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""The process itself: running detached, its log file, its pid file.
+
+These belong to the process, so they are module state: a driver calls :func:`ready` once
+everything is attached and :func:`reopen_log` on SIGHUP, and need not know whether it runs
+detached, with a log file or with neither. Call :func:`run` before anything starts a thread.
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
+
+
+class LogFile(io.TextIOBase):
+    """An append-only text stream that survives a full disk and log rotation.
+
+    A write that fails is counted in ``write_errors`` and forgotten: no message is worth
+    a replay. Whole lines are written with one write(2) each.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        self.write_errors = 0
+        self._pending = ""
+        # Re-entrant: a signal handler may print while its own thread is printing.
+        self._lock = threading.RLock()
+        self._copies: list[int] = []
+        try:
+            self._fd = self._open()
+        except OSError as error:
+            raise PycopyError(
+                f"cannot write the log file {path}: {error.strerror}",
+                "name another file with -l FILE",
+            ) from None
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            lines, newline, self._pending = (self._pending + text).rpartition("\n")
+            if newline:
+                self._put(lines + newline)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lock:
+            if self._pending:
+                self._put(self._pending)
+                self._pending = ""
+
+    def reopen(self) -> None:
+        """Go on in a new file of the same name; in the old one if there cannot be one."""
+        with self._lock:
+            self.flush()
+            try:
+                fd = self._open()
+            except OSError:
+                self.write_errors += 1
+                return
+            for copy in (self._fd, *self._copies):
+                os.dup2(fd, copy, inheritable=copy <= 2)
+            os.close(fd)
+
+    def take_over(self, fd: int) -> None:
+        """Make descriptor ``fd`` (1 or 2) the log too, for whatever does not go through Python."""
+        os.dup2(self._fd, fd)
+        self._copies.append(fd)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def isatty(self) -> bool:
+        return False
+
+    def _open(self) -> int:
+        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+
+    def _put(self, text: str) -> None:
+        data = text.encode("utf-8", "backslashreplace")
+        try:
+            while data:
+                data = data[os.write(self._fd, data) :]
+        except OSError:
+            self.write_errors += 1
+
+
+class PidFile:
+    """A locked file with the process id. The lock, not the number, says that it is in use:
+    the kernel drops it with the process, so what a crash leaves behind is never in the way.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        try:
+            self._fd = self._lock()
+        except OSError as error:
+            raise PycopyError(
+                f"cannot write the pid file {path}: {error.strerror}",
+                "name another file with -P FILE",
+            ) from None
+
+    def _lock(self) -> int:
+        while True:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pid = os.read(fd, 32).decode("ascii", "replace").strip()
+                os.close(fd)
+                raise PycopyError(
+                    f"already running as process {pid or '?'} (pid file {self.path})",
+                    f"end it with 'kill {pid or 'PID'}', or name another file with -P FILE",
+                ) from None
+            try:
+                if os.path.samestat(os.fstat(fd), os.stat(self.path)):
+                    return fd
+            except FileNotFoundError:
+                pass
+            os.close(fd)  # its owner removed it between our open and our lock: once more
+
+    def write(self) -> None:
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
+        except OSError as error:
+            raise PycopyError(
+                f"cannot write the pid file {self.path}: {error.strerror}",
+                "make room, or name another file with -P FILE",
+            ) from None
+
+    def remove(self) -> None:
+        """Remove the file while still holding its lock, then let go."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        os.close(self._fd)
+
+
+class _Starter:
+    """The daemon's end of the pipe to the waiting command: pid, then ready or an error."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def tell(self, **message: object) -> None:
+        # The command that started us may be gone: then there is nobody left to tell.
+        with contextlib.suppress(OSError):
+            os.write(self._fd, json.dumps(message).encode() + b"\n")
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+_log: LogFile | None = None
+_starter: _Starter | None = None
+
+
+def ready() -> None:
+    """Start-up is done: let the command that started the daemon return. No-op otherwise."""
+    global _starter
+    if _starter is not None:
+        os.chdir("/")  # only now: relative paths on the command line are all opened
+        _starter.tell(ready=True)
+        _starter.close()
+        _starter = None
+
+
+def reopen_log() -> None:
+    """After log rotation (SIGHUP). No-op without a log file."""
+    if _log is not None:
+        _log.reopen()
+
+
+def run(body: Callable[[], int], *, detach: bool, log_path: str, pid_path: str) -> int:
+    """Run ``body`` with the log and pid file asked for, and give its exit status.
+
+    Detached it returns twice: in the command that was typed, once ``body`` has called
+    :func:`ready` (or with the error that it raised before), and in the daemon at the end.
+    """
+    global _log, _starter
+    pid_file = PidFile(pid_path) if pid_path else None
+    stderr = sys.stderr
+    if log_path:
+        _log = LogFile(log_path)
+    if detach:
+        assert _log is not None, "a daemon needs a log file"
+        starter = _fork(_log.path)
+        if starter is None:
+            return EXIT_OK
+        _starter = starter
+        _redirect(_log)
+    elif _log is not None:
+        sys.stderr = _log
+    try:
+        if pid_file is not None:
+            pid_file.write()
+        status = body()
+        if _starter is not None:
+            _starter.tell(status=status)
+        return status
+    except PycopyError as error:
+        if _starter is not None:
+            _starter.tell(status=error.exit_status, cause=error.cause, cure=error.cure)
+        if _log is not None and not detach:
+            print(f"pycopy: error: {error}", file=_log)
+        raise
+    finally:
+        if pid_file is not None:
+            pid_file.remove()
+        if not detach:
+            sys.stderr = stderr
+        if _log is not None and _log.write_errors:
+            # Detached this goes to the log, which may have room again by now.
+            print(f"{_log.write_errors} messages could not be written to the log", file=sys.stderr)
+
+
+def _redirect(log: LogFile) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    log.take_over(1)
+    log.take_over(2)
+    sys.stdout = sys.stderr = log
+
+
+def _fork(log_path: str) -> _Starter | None:
+    """A daemon by fork, setsid, fork. Gives None in the command, which has waited for it."""
+    read_fd, write_fd = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(read_fd)
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        # Not a session leader any more: no terminal can ever become ours.
+        starter = _Starter(write_fd)
+        starter.tell(pid=os.getpid())
+        return starter
+    os.close(write_fd)
+    os.waitpid(child, 0)
+    with open(read_fd, encoding="ascii") as pipe:
+        _wait(pipe, log_path)
+    return None
+
+
+def _wait(pipe: io.TextIOBase, log_path: str) -> None:
+    """Until the daemon is ready; its error becomes ours."""
+    pid = 0
+    try:
+        for line in pipe:
+            message = json.loads(line)
+            pid = message.get("pid", pid)
+            if message.get("ready"):
+                return
+            if "cause" in message:
+                error = PycopyError(message["cause"], message["cure"])
+                error.exit_status = message["status"]
+                raise error
+            if message.get("status") == EXIT_OK:
+                return
+    except KeyboardInterrupt:
+        if pid:
+            os.kill(pid, signal.SIGTERM)
+        raise
+    error = PycopyError("the daemon ended while starting", f"{log_path} has the reason")
+    error.exit_status = EXIT_FAILED
+    raise error

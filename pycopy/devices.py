@@ -1,0 +1,75 @@
+"""This host's network devices, as far as programs are attached to them. Only looks."""
+
+import fcntl
+import socket
+import struct
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from pycopy.errors import HostUnfit, UsageError
+
+# linux/sockios.h, if.h, if_arp.h
+_SIOCGIFFLAGS, _SIOCGIFADDR, _SIOCGIFHWADDR = 0x8913, 0x8915, 0x8927
+_IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
+_ARPHRD_ETHER, _ARPHRD_LOOPBACK = 1, 772
+_IFREQ = struct.Struct("=16sH22x")
+
+
+class Device(NamedTuple):
+    name: str
+    ifindex: int
+    #: Bytes before the IP header: 14, or 0 on devices that carry bare IP (tun, wireguard, ...).
+    l2_bytes: int
+
+
+def find_devices(names: Iterable[str]) -> list[Device]:
+    """Those named, or by default every device that is up, has an address and is not loopback."""
+    names = list(names)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        if not names:
+            names = [name for _, name in socket.if_nameindex() if _in_service(any_socket, name)]
+        if not names:
+            raise HostUnfit(
+                "no network device is up and has an address",
+                "'ip -br addr' lists them; name one with -i",
+            )
+        return [_device(any_socket, name) for name in names]
+
+
+def _device(any_socket: socket.socket, name: str) -> Device:
+    try:
+        index = socket.if_nametoindex(name)
+        kind = _ask(any_socket, _SIOCGIFHWADDR, name)
+    except OSError:
+        raise UsageError(
+            f"there is no network device {name}", "'ip -br link' lists those of this host"
+        ) from None
+    return Device(name, index, 14 if kind in (_ARPHRD_ETHER, _ARPHRD_LOOPBACK) else 0)
+
+
+def _in_service(any_socket: socket.socket, name: str) -> bool:
+    try:
+        flags = _ask(any_socket, _SIOCGIFFLAGS, name)
+    except OSError:  # it went away while we looked
+        return False
+    return bool(flags & _IFF_UP) and not flags & _IFF_LOOPBACK and _has_address(any_socket, name)
+
+
+def _has_address(any_socket: socket.socket, name: str) -> bool:
+    try:
+        _ask(any_socket, _SIOCGIFADDR, name)
+        return True
+    except OSError:  # none of IPv4
+        pass
+    try:
+        with open("/proc/net/if_inet6", encoding="ascii") as table:
+            return any(line.split()[5] == name for line in table)
+    except FileNotFoundError:  # IPv6 is disabled
+        return False
+
+
+def _ask(any_socket: socket.socket, request: int, name: str) -> int:
+    """The first 16 bits of the answer: flags, or an address's family or type."""
+    answer = fcntl.ioctl(any_socket, request, _IFREQ.pack(name.encode(), 0))
+    value: int = _IFREQ.unpack(answer)[1]
+    return value

@@ -1,0 +1,114 @@
+"""Safety guards: what pycopy refuses to do, and why; asked before anything is attached.
+
+Only looks (/proc, the interface list), never changes anything. Every refusal says what to
+type to overrule it, or that it cannot be overruled.
+"""
+
+import difflib
+import ipaddress
+import socket
+from collections.abc import Iterable
+
+from pycopy.config import Service, endpoint, map_address, unmap_address
+from pycopy.errors import HostUnfit, Refused, UsageError
+
+# linux/capability.h
+_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_BPF": 39}
+_CAP_SYS_ADMIN = 21
+
+_FINAL = "This cannot be overruled: "
+
+
+def effective_capabilities() -> int:
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("CapEff:"):
+                return int(line.split()[1], 16)
+    return 0
+
+
+def check_privileges(effective: int | None = None) -> None:
+    """Capabilities to load BPF programs, attach them, and send frames."""
+    held = effective_capabilities() if effective is None else effective
+    if held & 1 << _CAP_SYS_ADMIN:
+        # Before CAP_BPF was split off it (Linux 5.8), and ever since, it includes it.
+        held |= 1 << _CAPABILITIES["CAP_BPF"]
+    missing = [name for name, bit in _CAPABILITIES.items() if not held & 1 << bit]
+    if missing:
+        raise HostUnfit(
+            f"not enough privilege: {', '.join(missing)} missing",
+            "run it with sudo, or from a systemd unit with"
+            f" AmbientCapabilities={' '.join(_CAPABILITIES)}",
+        )
+
+
+def local_addresses() -> set[bytes]:
+    """Every unicast address of this host, 16 bytes each."""
+    found = set()
+    with open("/proc/net/fib_trie", encoding="ascii") as trie:
+        address = ""
+        for line in trie:
+            words = line.split()
+            if words[0] == "|--":
+                address = words[1]
+            elif words == ["/32", "host", "LOCAL"]:
+                found.add(map_address(ipaddress.IPv4Address(address)))
+    try:
+        with open("/proc/net/if_inet6", encoding="ascii") as table:
+            found.update(bytes.fromhex(line.split()[0]) for line in table)
+    except FileNotFoundError:  # IPv6 is disabled
+        pass
+    return found
+
+
+def check_targets(
+    services: Iterable[Service], local_addresses: set[bytes], allow_public: bool
+) -> None:
+    """Refuse targets that would hurt: this host, a captured service, the public internet."""
+    services = list(services)
+    for service in services:
+        address = unmap_address(service.target_addr)
+        target = endpoint(service.target_addr, service.target_port)
+        if address.is_loopback or service.target_addr in local_addresses:
+            raise Refused(
+                f"-x {service}: the target {target} is this host itself",
+                _FINAL + "copies leave through a network device. Give the target a host, a"
+                " container or a network namespace of its own ('pycopy lab up' makes some)",
+            )
+        if _is_not_one_host(address):
+            raise Refused(
+                f"-x {service}: the target {target} is not the address of one host",
+                _FINAL + "copies go to one unicast address",
+            )
+        for other in services:
+            if (other.online_addr, other.online_port) == (service.target_addr, service.target_port):
+                raise Refused(
+                    f"-x {service}: the target {target} is itself copied by {other}: a loop",
+                    _FINAL + "a copy would be copied again without end. Leave one of the two out",
+                )
+        if address.is_global and not allow_public:
+            raise Refused(
+                f"-x {service}: the target {target} is a public internet address",
+                "if it is yours and may be flooded, add --allow-public-target",
+            )
+
+
+def check_interfaces(names: Iterable[str], existing: Iterable[str] | None = None) -> None:
+    """Every device named with -i must exist now."""
+    present = [name for _, name in socket.if_nameindex()] if existing is None else list(existing)
+    for name in names:
+        if name not in present:
+            near = difflib.get_close_matches(name, present, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(
+                f"-i {name}: there is no such network device",
+                f"{hint}this host has: {', '.join(sorted(present)) or 'none'}",
+            )
+
+
+def _is_not_one_host(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return (
+        address.is_multicast
+        or address.is_unspecified
+        or (address.version == 4 and address.packed[0] in (0, *range(240, 256)))
+    )

@@ -1,0 +1,291 @@
+"""``pycopy intercept``: swallow the target's responses, hand their headers to the replays.
+
+The driver: choose the placement, load and attach, wire ring to channel, end in order. What
+is swallowed is claims.py's to say, who gets it the channel's, and nothing here looks into a
+record. Everything that needs undoing is on one exit stack, detaching first.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from functools import partial
+
+from pycopy import daemon, guards, loader, pcapfilter, placement
+from pycopy.abi import SWALLOW, InterceptCount
+from pycopy.attach import Hook
+from pycopy.channel import ChannelServer, Fate, Hello, Placement, Refusal
+from pycopy.claims import Claims, ClaimsFull, describe
+from pycopy.config import InterceptConfig
+from pycopy.devices import Device, find_devices
+from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
+from pycopy.loop import READ, Loop
+from pycopy.signals import Signals
+from pycopy.sources.live import Tap
+from pycopy.view import BALANCED, Value, View
+
+#: How each hook makes a packet vanish. At egress TC_ACT_SHOT would tell the target's TCP,
+#: which would send again on the spot. TC_ACT_STOLEN does not, but TCX takes it for "next
+#: program" and the packet leaves. A redirect to no device does what is wanted at both: the
+#: packet is freed, and the sender hears NET_XMIT_SUCCESS (net/core/dev.c, sch_handle_egress).
+_SWALLOW = {
+    Hook.XDP: "XDP_DROP",
+    Hook.TC_INGRESS: "TC_ACT_SHOT",
+    Hook.TC_EGRESS: "bpf_redirect(0, 0)",
+}
+_HOOKS = {
+    Placement.ASSISTANT: (Hook.XDP, Hook.TC_INGRESS),
+    Placement.TARGET: (Hook.TC_EGRESS,),
+}
+
+#: Records taken from a ring before anybody else gets a turn.
+_DRAIN_RECORDS = 4096
+#: Shortest time between two turns of the loop: under load what arrives meanwhile is one
+#: frame, which saves a wake-up and a send per response. The first after a pause never waits.
+_COALESCE_NS = 300_000
+#: Heart-beats are looked after at least this often.
+_TICK_NS = 250_000_000
+#: After detaching: for what is in the rings, and what is queued for the replays.
+_LAST_DRAIN_NS = 1_000_000_000
+
+_RTMGRP_LINK = 1
+
+
+class Intercept:
+    """One run, from configuration to exit status."""
+
+    def __init__(self, config: InterceptConfig, stack: contextlib.ExitStack) -> None:
+        self._config = config
+        self._stack = stack
+        self._loop = Loop()
+        stack.callback(self._loop.close)
+        self._taps: list[Tap] = []
+        self._ending = False
+        self._failure: PycopyError | None = None
+        self._read = 0
+        #: Set once everything is at rest: from then on the numbers must balance.
+        self._final_counts: list[int] | None = None
+
+    def run(self) -> int:
+        config = self._config
+        devices = find_devices(config.interfaces)
+        own = guards.local_addresses()
+        place, why = placement.choose(config.placement, config.filter, placement.listeners(), own)
+        # Before the programs: a busy port is known at once, and nothing is attached yet.
+        self._server = ChannelServer(
+            self._loop,
+            config.bind,
+            config.port,
+            placement=place,
+            instance=int.from_bytes(os.urandom(8), "little"),
+            on_hello=self._on_hello,
+            log=_log,
+        )
+        self._stack.callback(self._server.close, 0.0)
+        others = {signal.SIGHUP: daemon.reopen_log, signal.SIGUSR1: self._print_ledger}
+        signals = Signals(self._loop, self._end, others)
+        self._stack.callback(signals.close)
+        _log(f"this is the {place.name.lower()}: {why}")
+        self._watch_devices()
+        for device in devices:
+            self._attach(device, _HOOKS[place])
+        self._claims = Claims(
+            [(tap.module.maps["claims"], tap.module.maps["claims_default"]) for tap in self._taps]
+        )
+        self._claims.pass_addresses(own)
+        self._claims.pass_networks(config.pass_nets)
+        for tap in self._taps:
+            self._loop.add(tap.ring.fileno(), READ, partial(self._drain, tap))
+        print(
+            f"ready: waiting for replays on port {self._server.port}", file=sys.stderr, flush=True
+        )
+        daemon.ready()
+        self._view = View(self.snapshot, config.interval_s, config.quiet, config.json)
+        self._view.start()
+        try:
+            self._serve()
+        finally:
+            self._view.stop()
+        return self._finish()
+
+    def _serve(self) -> None:
+        woken_ns = timers_ns = 0
+        while not self._ending:
+            if (rest_ns := woken_ns + _COALESCE_NS - time.monotonic_ns()) > 0:
+                time.sleep(rest_ns / 1e9)
+            self._loop.wait(timers_ns)
+            woken_ns = time.monotonic_ns()
+            if woken_ns >= timers_ns:
+                self._server.on_timer(woken_ns)
+                timers_ns = min(self._server.deadline_ns, woken_ns + _TICK_NS)
+
+    def _drain(self, tap: Tap, _events: int = READ) -> None:
+        records = list(tap.ring.drain_raw(_DRAIN_RECORDS))
+        self._read += len(records)
+        self._server.forward(records)
+
+    def _end(self) -> None:
+        self._ending = True
+
+    def _finish(self) -> int:
+        """Detach, deliver what is left, say goodbye, give account."""
+        for tap in self._taps:
+            tap.detach()
+        until_ns = time.monotonic_ns() + _LAST_DRAIN_NS
+        for tap in self._taps:
+            self._loop.remove(tap.ring.fileno())
+            while tap.ring.pending_bytes() and time.monotonic_ns() < until_ns:
+                self._drain(tap)
+        self._server.close()
+        self._final_counts = self._kernel_counts()
+        wrong = self.balance()
+        for line in wrong:
+            _log(f"the ledger does not balance: {line}")
+        self._view.summary(sys.stdout)
+        if self._failure is not None:
+            raise self._failure
+        return EXIT_FAILED if wrong else EXIT_OK
+
+    # --- programs and devices ---
+
+    def _attach(self, device: Device, hooks: tuple[Hook, ...]) -> None:
+        reasons = []
+        for hook in hooks:
+            if hook is Hook.XDP and not device.l2_bytes:
+                reasons.append(f"XDP needs Ethernet, {device.name} has none")
+                continue
+            tap = self._tap(hook, device.l2_bytes)
+            try:
+                attachment = tap.attach(device.name)
+            except PycopyError as error:
+                if hook is hooks[-1]:
+                    raise
+                reasons.append(error.cause)
+                continue
+            if attachment.reason:
+                reasons.append(attachment.reason)
+            why = f" ({'; '.join(reasons)})" if reasons else ""
+            _log(f"{device.name}: {hook.value}, {attachment.how}{why}")
+            return
+
+    def _tap(self, hook: Hook, l2_bytes: int) -> Tap:
+        """One program for all devices of one kind at one hook."""
+        for tap in self._taps:
+            if (tap.hook, tap.link_bytes) == (hook, l2_bytes):
+                return tap
+        config = self._config
+        module = loader.load(
+            "intercept.c",
+            defines={
+                "PYCOPY_HOOK_XDP": int(hook is Hook.XDP),
+                "PYCOPY_L2_BYTES": l2_bytes,
+                "PYCOPY_RING_BYTES": config.ring_bytes,
+                "PYCOPY_VERDICT_SWALLOW": _SWALLOW[hook],
+                "PYCOPY_CHANNEL_PORT": self._server.port,
+            },
+            prelude=pcapfilter.compile_filter(config.filter, l2_bytes),
+        )
+        tap = Tap(module, config.ring_bytes, hook, l2_bytes)
+        self._stack.callback(tap.close)
+        self._taps.append(tap)
+        return tap
+
+    def _watch_devices(self) -> None:
+        events = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0
+        )
+        self._stack.callback(events.close)
+        events.bind((0, _RTMGRP_LINK))
+
+        def on_event(_events: int) -> None:
+            # Whatever it says, or ENOBUFS: something has changed, so look.
+            with contextlib.suppress(OSError):
+                while events.recv(65536):
+                    pass
+            self._check_devices()
+
+        self._loop.add(events.fileno(), READ, on_event)
+
+    def _check_devices(self) -> None:
+        for tap in self._taps:
+            for name in tap.lose_dead():
+                _log(f"{name} is gone, or the program detached: nothing is intercepted there now")
+        if not any(tap.attachments for tap in self._taps):
+            self._failure = PycopyError(
+                "no network device is left to intercept on",
+                "bring the device back and start pycopy intercept again",
+            )
+            self._end()
+
+    # --- replays ---
+
+    def _on_hello(self, hello: Hello, name: str) -> None:
+        try:
+            passing = self._claims.claim_ranges(hello.ranges)
+        except ClaimsFull as error:
+            raise Refusal(str(error)) from None
+        what = ", ".join(describe(item) for item in hello.ranges)
+        for item in passing:
+            _log(f"{describe(item)} of replay {name} passes: it is this host's own, or in --pass")
+        if not hello.ranges:
+            what = "its clients one by one"
+            if self._claims.default != SWALLOW:
+                _log("from now on every response that is not in --pass is swallowed")
+            self._claims.claim_strangers()
+        _log(f"replay {name} (pycopy {hello.version}) claims {what}")
+
+    # --- ledger ---
+
+    def _kernel_counts(self) -> list[int]:
+        if self._final_counts is not None:
+            return self._final_counts
+        each = [tap.counters(len(InterceptCount)) for tap in self._taps]
+        return [sum(counts) for counts in zip(*each, strict=True)]
+
+    def balance(self) -> list[str]:
+        """What does not add up, in words; only at rest, because the kernel counts on."""
+        matched, *ends = kernel = self._kernel_counts()
+        captured, fates = kernel[InterceptCount.CAPTURED], self._server.fates
+        wrong = []
+        if matched != sum(ends):
+            wrong.append(f"the kernel matched {matched} responses, their fates sum to {sum(ends)}")
+        if captured != self._read:
+            wrong.append(f"the kernel captured {captured} responses, {self._read} were read")
+        if self._read != sum(fates):
+            wrong.append(f"{self._read} responses were read, their fates sum to {sum(fates)}")
+        return wrong + self._server.balance()
+
+    def snapshot(self) -> dict[str, dict[str, Value]]:
+        """Sections of named numbers, for the view, the summary and --json."""
+        kernel, fates = self._kernel_counts(), self._server.fates
+        sections: dict[str, dict[str, Value]] = {
+            "kernel": {count.name.lower(): kernel[count] for count in InterceptCount},
+            "responses": {
+                "read": self._read,
+                **{fate.name.lower(): fates[fate] for fate in Fate},
+            },
+        }
+        sections |= {name: dict(section) for name, section in self._server.snapshot().items()}
+        if self._final_counts is not None:
+            sections["responses"][BALANCED] = "no" if self.balance() else "yes"
+        return sections
+
+    def _print_ledger(self) -> None:
+        # Whoever read our stdout may have gone.
+        with contextlib.suppress(OSError):
+            self._view.summary(sys.stdout)
+
+
+def run(config: InterceptConfig) -> int:
+    """Intercept until told to end, or until no device is left; the exit status."""
+    with contextlib.ExitStack() as stack:
+        return Intercept(config, stack).run()
+
+
+def _log(text: str) -> None:
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"{stamp} {text}\n")
+        sys.stderr.flush()

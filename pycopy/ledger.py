@@ -1,0 +1,229 @@
+"""The ledger: every captured segment and every response ends in exactly one named counter.
+
+``captured = sum of the fates`` is checked by :meth:`Ledger.balance`. Whoever handles a
+segment raises one fate; everything that reports (exit summary, live view, --json) reads
+:meth:`Ledger.snapshot` and nothing else. The counters are plain lists of int indexed by
+IntEnum: one index and one add on the hot path.
+"""
+
+from enum import IntEnum, auto
+
+from pycopy.abi import CaptureCount, InterceptCount
+from pycopy.session.states import Outcome
+
+
+class Fate(IntEnum):
+    """Where a captured client segment ended. ``HELD`` is a gauge: waiting now, not an end."""
+
+    SENT = 0
+    HELD = auto()
+    STEERED = auto()  # carried no bytes; told the session something (third handshake ACK)
+    DUPLICATE = auto()  # every byte had been captured before
+    SAMPLED_OUT = auto()  # -r, -g
+    REFUSED_MID_STREAM = auto()  # no SYN seen and -O, or not at a request boundary
+    REFUSED_SESSION_LIMIT = auto()
+    REFUSED_MEMORY_LIMIT = auto()
+    REFUSED_NO_ADDRESS = auto()  # no free address and port towards the target
+    REFUSED_NO_INTERCEPT = auto()  # no intercept is connected
+    STRAY = auto()  # FIN, RST or ACK of a connection that is not being copied
+    DROPPED_TARGET_RESET = auto()  # rest of a request whose connection the target reset or closed
+    DROPPED_TARGET_REFUSED = auto()
+    DROPPED_TARGET_SILENT = auto()
+    DROPPED_GAP = auto()  # behind bytes that are missing from the capture
+    DROPPED_QUEUE_FULL = auto()
+    DROPPED_IDLE = auto()
+    DROPPED_CLIENT_RESET = auto()
+    DROPPED_SUPERSEDED = auto()  # the client used its port again first
+    DROPPED_RUN_ENDED = auto()
+
+
+class ResponseFate(IntEnum):
+    """Where a response of the target ended."""
+
+    STEERED = 0  # moved a session on
+    DUPLICATE = auto()  # nothing new in it
+    EARLY = auto()  # beyond a gap; remembered
+    UNKNOWN = auto()  # no session owns it
+    UNACCEPTABLE = auto()  # outside the window, or acknowledges what was never sent
+
+
+class Count(IntEnum):
+    """Everything else worth a number."""
+
+    CAPTURED = 0  # segments read from the ring
+    SYN = auto()
+    PAYLOAD = auto()
+    PAYLOAD_BYTES = auto()
+    RESPONSES = auto()  # responses read, from ring or channel
+    RESPONSE_PAYLOAD = auto()
+    RESPONSE_FIN = auto()
+    RESPONSE_RST = auto()
+    SESSIONS = auto()  # opened
+    MID_STREAM = auto()  # of those, joined without a SYN
+    REOPENED = auto()  # of those, because the target closed early
+    ESTABLISHED = auto()
+    SENT_SEGMENTS = auto()
+    SENT_PAYLOAD = auto()
+    SENT_SYN = auto()
+    SENT_FIN = auto()
+    SENT_RST = auto()
+    SENT_ACK = auto()
+    RETRANSMITTED = auto()
+    FAST_RETRANSMITS = auto()
+    TIMEOUTS = auto()
+    WINDOW_PROBES = auto()
+    RELEASED_BY_QUIET = auto()  # the target's answer was shorter than the online one
+
+
+#: Upper bounds of the hold-time histogram, in microseconds; the last bucket is unbounded.
+HOLD_BUCKETS_US = (100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
+
+
+class Ledger:
+    """All counters of one replay process. Only the data loop writes; anyone may read."""
+
+    def __init__(self) -> None:
+        self.fates = [0] * len(Fate)
+        self.responses = [0] * len(ResponseFate)
+        self.counts = [0] * len(Count)
+        self.outcomes: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
+        self.hold = [0] * (len(HOLD_BUCKETS_US) + 1)
+        #: Sums of the BPF programs' counters, refreshed by the driver.
+        self.kernel_capture = [0] * len(CaptureCount)
+        self.kernel_intercept: list[int] | None = None
+        self.ring_pending_bytes = 0
+        self.send_errors: dict[str, int] = {}
+        self.active = 0
+        self.intercept_dropped = 0
+
+    def held_for(self, hold_ns: int) -> None:
+        """Record how long a segment waited between capture and sending."""
+        hold_us = hold_ns // 1000
+        bucket = 0
+        for bound in HOLD_BUCKETS_US:
+            if hold_us < bound:
+                break
+            bucket += 1
+        self.hold[bucket] += 1
+
+    def balance(self) -> list[str]:
+        """Return what does not add up, in words; an empty list means balanced.
+
+        Only meaningful while the data loop is not running, or at its rest points.
+        """
+        wrong = []
+        captured, fates = self.counts[Count.CAPTURED], sum(self.fates)
+        if captured != fates:
+            wrong.append(f"captured {captured} segments, but their fates sum to {fates}")
+        responses, ends = self.counts[Count.RESPONSES], sum(self.responses)
+        if responses != ends:
+            wrong.append(f"read {responses} responses, but their fates sum to {ends}")
+        if self.ring_pending_bytes == 0:
+            wrong += self._kernel_balance()
+        return wrong
+
+    def _kernel_balance(self) -> list[str]:
+        wrong = []
+        kernel = self.kernel_capture
+        into_ring, read = kernel[CaptureCount.CAPTURED], self.counts[Count.CAPTURED]
+        if into_ring != read:
+            wrong.append(f"the kernel captured {into_ring} segments, {read} were read")
+        seen = kernel[CaptureCount.SELECTED] + kernel[CaptureCount.EXTRA_PIECES]
+        ends = sum(kernel[CaptureCount.CAPTURED :])
+        if seen != ends:
+            wrong.append(f"the kernel selected {seen} segments, but their fates sum to {ends}")
+        intercept = self.kernel_intercept
+        if intercept is not None:
+            matched, ends = intercept[0], sum(intercept[1:])
+            if matched != ends:
+                wrong.append(f"the kernel matched {matched} responses, their fates sum to {ends}")
+            if intercept[InterceptCount.CAPTURED] != self.counts[Count.RESPONSES]:
+                wrong.append(
+                    f"the kernel captured {intercept[InterceptCount.CAPTURED]} responses, "
+                    f"{self.counts[Count.RESPONSES]} were read"
+                )
+        return wrong
+
+    def lost(self) -> int:
+        """Client segments with bytes to copy that will never reach the target."""
+        fates = self.fates
+        dropped = sum(
+            fates[fate] for fate in Fate if fate.name.startswith(("DROPPED_", "REFUSED_"))
+        )
+        return dropped + self.kernel_capture[CaptureCount.RING_FULL]
+
+    def snapshot(self) -> dict[str, dict[str, int | float | str]]:
+        """Sections of named numbers, for the view, the summary and --json."""
+        counts, kernel = self.counts, self.kernel_capture
+        sections: dict[str, dict[str, int | float | str]] = {
+            "segments": {
+                "captured": counts[Count.CAPTURED],
+                **{fate.name.lower(): self.fates[fate] for fate in Fate},
+                "lost_in_ring": kernel[CaptureCount.RING_FULL],
+            },
+            "responses": {
+                "read": counts[Count.RESPONSES],
+                **{fate.name.lower(): self.responses[fate] for fate in ResponseFate},
+                "lost_in_intercept": self.intercept_dropped,
+            },
+            "sessions": {
+                "active": self.active,
+                "opened": counts[Count.SESSIONS],
+                "mid_stream": counts[Count.MID_STREAM],
+                "reopened": counts[Count.REOPENED],
+                "established": counts[Count.ESTABLISHED],
+                **{f"ended_{end.value}": number for end, number in self.outcomes.items()},
+            },
+            "sending": {
+                "segments": counts[Count.SENT_SEGMENTS],
+                "payload": counts[Count.SENT_PAYLOAD],
+                "syn": counts[Count.SENT_SYN],
+                "fin": counts[Count.SENT_FIN],
+                "rst": counts[Count.SENT_RST],
+                "ack": counts[Count.SENT_ACK],
+                "retransmitted": counts[Count.RETRANSMITTED],
+                "fast_retransmits": counts[Count.FAST_RETRANSMITS],
+                "timeouts": counts[Count.TIMEOUTS],
+                "window_probes": counts[Count.WINDOW_PROBES],
+                "released_by_quiet": counts[Count.RELEASED_BY_QUIET],
+                **{f"error_{name}": number for name, number in self.send_errors.items()},
+            },
+            "held_us": self._hold_section(),
+            "kernel": {count.name.lower(): kernel[count] for count in CaptureCount},
+            "familiar": self._familiar(),
+        }
+        if self.kernel_intercept is not None:
+            sections["kernel_intercept"] = {
+                count.name.lower(): self.kernel_intercept[count] for count in InterceptCount
+            }
+        return sections
+
+    def _hold_section(self) -> dict[str, int | float | str]:
+        names = [f"under_{bound}" for bound in HOLD_BUCKETS_US]
+        names.append(f"from_{HOLD_BUCKETS_US[-1]}")
+        return dict(zip(names, self.hold, strict=True))
+
+    def _familiar(self) -> dict[str, int | float | str]:
+        """The same under the names that users of tcpcopy grep its log for."""
+        counts = self.counts
+        return {
+            "active": self.active,
+            "conns": counts[Count.ESTABLISHED],
+            "resp": counts[Count.RESPONSES],
+            "c-resp": counts[Count.RESPONSE_PAYLOAD],
+            "resp fin": counts[Count.RESPONSE_FIN],
+            "resp rst": counts[Count.RESPONSE_RST],
+            "send": counts[Count.SENT_SEGMENTS],
+            "send content": counts[Count.SENT_PAYLOAD],
+            "send syn": counts[Count.SENT_SYN],
+            "send fin": counts[Count.SENT_FIN],
+            "send reset": counts[Count.SENT_RST],
+            "reconnect": counts[Count.REOPENED],
+            "for no syn": counts[Count.MID_STREAM],
+            "retransmit": counts[Count.RETRANSMITTED],
+            "syn cnt": counts[Count.SYN],
+            "all clt": counts[Count.CAPTURED],
+            "clt cont": counts[Count.PAYLOAD],
+            "frag": self.kernel_capture[CaptureCount.FRAGMENT],
+            "total captured packets": self.kernel_capture[CaptureCount.SELECTED],
+        }

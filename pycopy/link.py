@@ -1,0 +1,237 @@
+"""bpf(2) by ctypes: what bcc has no call for, and what a small process needs without bcc.
+
+Maps are read and written, programs run on test packets, links made and asked about.
+Nothing here compiles, knows an interface by name, or knows what pycopy's maps mean.
+Every failure is an OSError with the kernel's errno; callers say what it means.
+"""
+
+import ctypes
+import os
+import platform
+import struct
+from typing import NamedTuple
+
+from pycopy.errors import HostUnfit
+
+XDP = 37
+TCX_INGRESS = 46
+TCX_EGRESS = 47
+
+#: Flag of a TCX link: at the head of the hook, since a program before ours may end the chain.
+BEFORE = 1 << 3
+
+XDP_FLAGS_SKB = 1 << 1
+XDP_FLAGS_DRV = 1 << 2
+
+PERCPU_MAP_TYPES = frozenset({5, 6, 10, 21})
+
+_SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280}
+
+_MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE = 1, 2, 3
+_PROG_TEST_RUN, _PROG_FD_BY_ID, _OBJ_INFO, _PROG_QUERY = 10, 13, 15, 16
+_LINK_CREATE, _ENABLE_STATS = 28, 32
+
+#: Heads of ``union bpf_attr`` by command; the kernel takes a shorter union as zero-filled.
+_ELEM = struct.Struct("=IxxxxQQQ")
+_TEST_RUN = struct.Struct("=IIIIQQIIIIQQIIIxxxx")
+_INFO = struct.Struct("=IIQ")
+_QUERY = struct.Struct("=IIIIQIIQQQQ")
+_LINK = struct.Struct("=IIIIIIQ")
+_ID = struct.Struct("=III")
+
+#: Large enough for every info struct of today; the kernel fills what it knows.
+_INFO_BYTES = 256
+_QUERY_MAX = 64
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint]
+_syscall.restype = ctypes.c_long
+
+
+class TestRun(NamedTuple):
+    """Outcome of one BPF_PROG_TEST_RUN: ``duration_ns`` is the mean of ``repeat`` runs."""
+
+    retval: int
+    duration_ns: int
+    data: bytes
+
+
+class ProgramInfo(NamedTuple):
+    type: int
+    id: int
+    name: str
+    run_time_ns: int
+    run_count: int
+    verified_instructions: int
+
+
+class MapInfo(NamedTuple):
+    type: int
+    id: int
+    name: str
+    key_bytes: int
+    value_bytes: int
+    max_entries: int
+
+
+class LinkInfo(NamedTuple):
+    """``ifindex`` is 0 once the interface is gone: the link outlives it, attached to nothing."""
+
+    type: int
+    id: int
+    program_id: int
+    ifindex: int
+    attach_type: int
+
+
+def bpf(command: int, attr: "ctypes.Array[ctypes.c_char]") -> int:
+    """One bpf(2) call; ``attr`` is written back into by the kernel."""
+    number = _SYSCALL_NUMBERS.get(platform.machine())
+    if number is None:
+        raise HostUnfit(
+            f"pycopy does not know bpf(2) on {platform.machine()}",
+            f"run it on one of: {', '.join(_SYSCALL_NUMBERS)}",
+        )
+    result = int(_syscall(number, command, ctypes.addressof(attr), ctypes.sizeof(attr)))
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return result
+
+
+def _attr(layout: struct.Struct, *values: int) -> "ctypes.Array[ctypes.c_char]":
+    return ctypes.create_string_buffer(layout.pack(*values), layout.size)
+
+
+def _buffer(content: bytes) -> "ctypes.Array[ctypes.c_char]":
+    return ctypes.create_string_buffer(content, len(content))
+
+
+def possible_cpus() -> int:
+    """CPUs the kernel reserves room for: the length of a per-CPU map value."""
+    with open("/sys/devices/system/cpu/possible", encoding="ascii") as file:
+        last = file.read().strip().rpartition(",")[2]
+    return int(last.rpartition("-")[2]) + 1
+
+
+def map_lookup(map_fd: int, key: bytes, value_bytes: int) -> bytes | None:
+    """The value under ``key``; ``value_bytes`` must count all CPUs of a per-CPU map."""
+    key_buffer, value = _buffer(key), ctypes.create_string_buffer(value_bytes)
+    attr = _attr(_ELEM, map_fd, ctypes.addressof(key_buffer), ctypes.addressof(value), 0)
+    try:
+        bpf(_MAP_LOOKUP, attr)
+    except FileNotFoundError:
+        return None
+    return value.raw
+
+
+def map_update(map_fd: int, key: bytes, value: bytes) -> None:
+    key_buffer, value_buffer = _buffer(key), _buffer(value)
+    pointers = ctypes.addressof(key_buffer), ctypes.addressof(value_buffer)
+    bpf(_MAP_UPDATE, _attr(_ELEM, map_fd, *pointers, 0))
+
+
+def map_delete(map_fd: int, key: bytes) -> bool:
+    """Whether there was an entry to delete."""
+    key_buffer = _buffer(key)
+    try:
+        bpf(_MAP_DELETE, _attr(_ELEM, map_fd, ctypes.addressof(key_buffer), 0, 0))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def test_run(
+    program_fd: int, packet: bytes, *, repeat: int = 1, context: bytes = b"", room_bytes: int = 256
+) -> TestRun:
+    """Run a program on ``packet``; ``room_bytes`` is how much it may grow."""
+    packet_in = _buffer(packet)
+    packet_out = ctypes.create_string_buffer(len(packet) + room_bytes)
+    context_in = _buffer(context)
+    attr = _attr(
+        _TEST_RUN,
+        program_fd,
+        0,
+        len(packet),
+        len(packet_out),
+        ctypes.addressof(packet_in),
+        ctypes.addressof(packet_out),
+        repeat,
+        0,
+        len(context),
+        0,
+        ctypes.addressof(context_in) if context else 0,
+        0,
+        0,
+        0,
+        0,
+    )
+    bpf(_PROG_TEST_RUN, attr)
+    fields = _TEST_RUN.unpack(attr.raw)
+    return TestRun(fields[1], fields[7], packet_out.raw[: fields[3]])
+
+
+def _object_info(fd: int) -> bytes:
+    info = ctypes.create_string_buffer(_INFO_BYTES)
+    bpf(_OBJ_INFO, _attr(_INFO, fd, _INFO_BYTES, ctypes.addressof(info)))
+    return info.raw
+
+
+def _name(raw: bytes) -> str:
+    return raw.partition(b"\0")[0].decode("ascii", "replace")
+
+
+def map_info(map_fd: int) -> MapInfo:
+    raw = _object_info(map_fd)
+    kind, ident, key_bytes, value_bytes, max_entries = struct.unpack_from("=5I", raw)
+    return MapInfo(kind, ident, _name(raw[24:40]), key_bytes, value_bytes, max_entries)
+
+
+def program_info(program_fd: int) -> ProgramInfo:
+    raw = _object_info(program_fd)
+    kind, ident = struct.unpack_from("=II", raw)
+    run_time_ns, run_count = struct.unpack_from("=QQ", raw, 192)
+    (verified,) = struct.unpack_from("=I", raw, 216)
+    return ProgramInfo(kind, ident, _name(raw[64:80]), run_time_ns, run_count, verified)
+
+
+def link_info(link_fd: int) -> LinkInfo:
+    kind, ident, program_id, _, ifindex, attach_type = struct.unpack_from(
+        "=6I", _object_info(link_fd)
+    )
+    return LinkInfo(kind, ident, program_id, ifindex, attach_type)
+
+
+def link_create(program_fd: int, ifindex: int, attach_type: int, flags: int = 0) -> int:
+    """A link's descriptor: the program stays attached as long as somebody holds it open."""
+    return bpf(_LINK_CREATE, _attr(_LINK, program_fd, ifindex, attach_type, flags, 0, 0, 0))
+
+
+def attached(ifindex: int, attach_type: int) -> list[tuple[int, int]]:
+    """(program id, link id) in order of execution at a TCX hook; link id 0: attached without."""
+    programs = ctypes.create_string_buffer(4 * _QUERY_MAX)
+    links = ctypes.create_string_buffer(4 * _QUERY_MAX)
+    pointers = ctypes.addressof(programs), ctypes.addressof(links)
+    attr = _attr(
+        _QUERY, ifindex, attach_type, 0, 0, pointers[0], _QUERY_MAX, 0, 0, pointers[1], 0, 0
+    )
+    bpf(_PROG_QUERY, attr)
+    count = _QUERY.unpack(attr.raw)[5]
+    layout = f"={count}I"
+    return list(
+        zip(
+            struct.unpack_from(layout, programs.raw),
+            struct.unpack_from(layout, links.raw),
+            strict=True,
+        )
+    )
+
+
+def program_fd_by_id(ident: int) -> int:
+    return bpf(_PROG_FD_BY_ID, _attr(_ID, ident, 0, 0))
+
+
+def enable_run_stats() -> int:
+    """Count run time and runs of every program until the descriptor is closed."""
+    return bpf(_ENABLE_STATS, _attr(_ID, 0, 0, 0))

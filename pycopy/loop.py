@@ -1,0 +1,48 @@
+"""One plain epoll loop, shared by replay and intercept.
+
+File descriptors have callbacks; everything with a time of its own is asked for its
+deadline by the driver, which passes the nearest one to :meth:`Loop.wait`. No thread, no
+coroutine: an await per segment is not affordable, and there is nothing here to suspend.
+"""
+
+import select
+import time
+from collections.abc import Callable
+
+READ = select.EPOLLIN
+WRITE = select.EPOLLOUT
+
+Callback = Callable[[int], None]
+
+
+class Loop:
+    """Callbacks by file descriptor; ``callback(events)`` gets the epoll event mask."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callback] = {}
+
+    def add(self, fd: int, events: int, callback: Callback) -> None:
+        self._epoll.register(fd, events)
+        self._callbacks[fd] = callback
+
+    def change(self, fd: int, events: int) -> None:
+        self._epoll.modify(fd, events)
+
+    def remove(self, fd: int) -> None:
+        """Forget ``fd``; call it before closing the descriptor."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def wait(self, deadline_ns: int) -> None:
+        """Run what is ready; otherwise sleep until ``deadline_ns`` (CLOCK_MONOTONIC) at most."""
+        timeout_s = (deadline_ns - time.monotonic_ns()) / 1e9
+        callbacks = self._callbacks
+        for fd, events in self._epoll.poll(timeout_s if timeout_s > 0 else 0):
+            callback = callbacks.get(fd)
+            if callback is not None:
+                callback(events)
+
+    def close(self) -> None:
+        self._epoll.close()
+        self._callbacks.clear()

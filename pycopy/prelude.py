@@ -1,0 +1,38 @@
+"""Generated C that goes before capture.c and intercept.c: addresses and ports as X-macros.
+
+A list known before the program starts costs least as constants in its text. Addresses are
+16 bytes, IPv4-mapped for IPv4, and become the four host-order words bpf/ compares with.
+"""
+
+import struct
+from collections.abc import Iterable
+
+_WORDS = struct.Struct("!4I")
+_ANY = bytes(16)
+
+
+def services_prelude(services: Iterable[tuple[bytes | None, int]]) -> str:
+    """PYCOPY_SERVICES: ``S(index, any, port, w0, w1, w2, w3)`` for each online (address, port).
+
+    An address of None stands for every address of the host.
+    """
+    entries = [
+        f"S({index}, {int(address is None)}, {port}, {_words(address or _ANY)})"
+        for index, (address, port) in enumerate(services)
+    ]
+    return _x_macro("PYCOPY_SERVICES", entries)
+
+
+def targets_prelude(targets: Iterable[tuple[bytes, int]], lo: int, hi: int) -> str:
+    """PYCOPY_TARGETS: ``S(port, w0, w1, w2, w3)`` for each target, answers to ports lo..hi."""
+    entries = [f"S({port}, {_words(address)})" for address, port in targets]
+    ports = f"#define PYCOPY_SELF 1\n#define PYCOPY_PORT_LO {lo}\n#define PYCOPY_PORT_HI {hi}\n"
+    return ports + _x_macro("PYCOPY_TARGETS", entries)
+
+
+def _words(address: bytes) -> str:
+    return ", ".join(f"0x{word:08x}U" for word in _WORDS.unpack(address))
+
+
+def _x_macro(name: str, entries: list[str]) -> str:
+    return " \\\n\t".join([f"#define {name}(S)", *entries]) + "\n"

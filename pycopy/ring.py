@@ -1,0 +1,135 @@
+"""A BPF ring buffer, mapped and read by ourselves: a callback per record costs several times more.
+
+The kernel writes records and moves the producer's position; we read and move the
+consumer's, which is what gives the room back. The data pages are mapped twice in a row,
+so no record is ever cut at the end. Hot path: see the rules at the top of pycopy.wire.
+
+Does not know who fills the ring nor what a segment means.
+"""
+
+import mmap
+from collections.abc import Iterator
+
+from pycopy.abi import PIECE_BYTES, SEGMENT, SEGMENT_BYTES, Segment
+
+#: Head of a record: u32 length with two flags, u32 that is the kernel's own business.
+_HEAD_BYTES = 8
+_BUSY = 1 << 31
+_DISCARD = 1 << 30
+_LENGTH = _DISCARD - 1
+
+#: Give room back every 64 records within one drain.
+_COMMIT_MASK = 63
+
+#: The first record's content, and its head as a word, in what is mapped behind the consumer's
+#: page: one page with the producer's position, then the data.
+_FIRST = mmap.PAGESIZE + _HEAD_BYTES
+_FIRST_WORD = mmap.PAGESIZE // 4
+
+#: Longest record, in whole pages.
+_OVERLAP_BYTES = -(-(_HEAD_BYTES + SEGMENT_BYTES + PIECE_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+_PAYLOAD_BYTES = Segment._fields.index("payload_bytes")
+
+
+class Ring:
+    """The reader of one ring; ``fileno()`` is readable while records are waiting.
+
+    The descriptor stays its owner's; close() ends the mapping only.
+    """
+
+    __slots__ = (
+        "_consumer",
+        "_consumer_page",
+        "_map_fd",
+        "_mask",
+        "_pages",
+        "_position",
+        "_producer",
+        "_words",
+    )
+
+    def __init__(self, map_fd: int, ring_bytes: int) -> None:
+        page = mmap.PAGESIZE
+        self._map_fd = map_fd
+        self._mask = ring_bytes - 1
+        self._consumer_page = mmap.mmap(map_fd, page)
+        self._consumer = memoryview(self._consumer_page).cast("Q")
+        # Of the second copy of the data only what the longest record can reach into: what is
+        # mapped counts as resident, and a ring should not count twice.
+        self._pages = mmap.mmap(
+            map_fd, page + ring_bytes + min(_OVERLAP_BYTES, ring_bytes), prot=mmap.PROT_READ,
+            offset=page,
+        )  # fmt: skip
+        self._producer = memoryview(self._pages).cast("Q")
+        self._words = memoryview(self._pages).cast("I")
+        self._position = self._consumer[0]
+
+    def fileno(self) -> int:
+        return self._map_fd
+
+    def pending_bytes(self) -> int:
+        """Bytes of the ring that are written, or being written, and not yet given back."""
+        return self._producer[0] - self._consumer[0]
+
+    def drain(self, limit: int) -> Iterator[tuple[Segment, bytes]]:
+        """Up to ``limit`` records that are there now: each segment and its payload.
+
+        Stops at a record that is still being written. What was yielded is consumed, also
+        when the caller stops half-way (and closes or forgets the iterator). One at a time.
+        """
+        pages, words, consumer, mask = self._pages, self._words, self._consumer, self._mask
+        unpack, new, segment_type = SEGMENT.unpack_from, tuple.__new__, Segment
+        position, end = self._position, self._producer[0]
+        left = limit
+        try:
+            while left and position < end:
+                offset = position & mask
+                head = words[_FIRST_WORD + (offset >> 2)]
+                if head & _BUSY:
+                    break
+                position += ((head & _LENGTH) + _HEAD_BYTES + 7) & ~7
+                if head & _DISCARD:
+                    continue
+                offset += _FIRST
+                fields = unpack(pages, offset)
+                payload_bytes = fields[_PAYLOAD_BYTES]
+                offset += SEGMENT_BYTES
+                payload = pages[offset : offset + payload_bytes] if payload_bytes else b""
+                left -= 1
+                if not left & _COMMIT_MASK:
+                    consumer[0] = position
+                yield new(segment_type, fields), payload
+        finally:
+            self._position = position
+            consumer[0] = position
+
+    def drain_raw(self, limit: int) -> Iterator[bytes]:
+        """As :meth:`drain`, but each record's struct pycopy_segment as it is, for the channel."""
+        pages, words, consumer, mask = self._pages, self._words, self._consumer, self._mask
+        position, end = self._position, self._producer[0]
+        left = limit
+        try:
+            while left and position < end:
+                offset = position & mask
+                head = words[_FIRST_WORD + (offset >> 2)]
+                if head & _BUSY:
+                    break
+                position += ((head & _LENGTH) + _HEAD_BYTES + 7) & ~7
+                if head & _DISCARD:
+                    continue
+                offset += _FIRST
+                left -= 1
+                if not left & _COMMIT_MASK:
+                    consumer[0] = position
+                yield pages[offset : offset + SEGMENT_BYTES]
+        finally:
+            self._position = position
+            consumer[0] = position
+
+    def close(self) -> None:
+        """Unmap; the descriptor is closed by whoever opened it."""
+        for view in (self._consumer, self._producer, self._words):
+            view.release()
+        self._pages.close()
+        self._consumer_page.close()

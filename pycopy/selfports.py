@@ -1,0 +1,65 @@
+"""Which ports the copies of the zero-route mode may use.
+
+Outside the kernel's ephemeral range, so that no connection of this host is ever given one;
+well above the registered services; and none that any socket of this host uses now. They
+are not bound: a production service that starts later and wants one must get it, and only
+answers of the targets themselves to these ports are ever swallowed.
+"""
+
+from pathlib import Path
+
+from pycopy.errors import PycopyError, UsageError
+
+LOWEST = 10_000
+HIGHEST = 65_535
+FEWEST = 64
+
+
+def ephemeral_range() -> tuple[int, int]:
+    """The kernel's ip_local_port_range, both ends included (IPv6 uses the same)."""
+    low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    return int(low), int(high)
+
+
+def ports_in_use() -> set[int]:
+    """Local ports of every TCP socket of this network namespace, listening or not."""
+    used = set()
+    for name in ("tcp", "tcp6"):
+        table = Path("/proc/net", name)
+        if table.exists():
+            for line in table.read_text().splitlines()[1:]:
+                used.add(int(line.split()[1].rpartition(":")[2], 16))
+    return used
+
+
+def choose_range(wanted: tuple[int, int] | None) -> tuple[int, int]:
+    """The range to take ports from: ``wanted`` (--ports), else the wider one beside the
+    ephemeral range. Raises UsageError if ``wanted`` overlaps it."""
+    low, high = ephemeral_range()
+    if wanted is not None:
+        if wanted[0] <= high and wanted[1] >= low:
+            raise UsageError(
+                f"--ports {wanted[0]}-{wanted[1]} overlaps this host's ephemeral ports {low}-{high}",
+                "its own connections could be given one of them; choose ports outside that range",
+            )
+        return wanted
+    below, above = (LOWEST, low - 1), (high + 1, HIGHEST)
+    best = max(below, above, key=lambda ends: ends[1] - ends[0])
+    if best[1] - best[0] + 1 < FEWEST:
+        raise PycopyError(
+            f"this host's ephemeral ports {low}-{high} leave no room for copies",
+            "narrow net.ipv4.ip_local_port_range, or use another placement of the intercept (-s)",
+        )
+    return best
+
+
+def choose_ports(ends: tuple[int, int]) -> list[int]:
+    """The ports of the range that no socket of this host uses."""
+    used = ports_in_use()
+    ports = [port for port in range(ends[0], ends[1] + 1) if port not in used]
+    if not ports:
+        raise PycopyError(
+            f"every port of {ends[0]}-{ends[1]} is in use on this host",
+            "give another range with --ports",
+        )
+    return ports

@@ -1,0 +1,40 @@
+"""Sequence number arithmetic modulo 2^32 (RFC 9293 section 3.4, RFC 1982).
+
+Pure integers, for TCP sequence numbers and for timestamps alike. Knows nothing of
+segments. Order is only meaningful between numbers less than 2^31 apart; exactly 2^31
+apart RFC 1982 leaves it undefined, and :func:`diff` calls ``a`` the earlier one.
+"""
+
+MASK = 0xFFFFFFFF
+_HALF = 0x80000000
+
+
+def add(a: int, n: int) -> int:
+    """``a + n``; ``n`` may be negative."""
+    return (a + n) & MASK
+
+
+def diff(a: int, b: int) -> int:
+    """Signed distance ``a - b``, in -2^31 .. 2^31-1."""
+    return ((a - b + _HALF) & MASK) - _HALF
+
+
+def lt(a: int, b: int) -> bool:
+    return (a - b) & MASK >= _HALF
+
+
+def le(a: int, b: int) -> bool:
+    return a == b or (a - b) & MASK >= _HALF
+
+
+def gt(a: int, b: int) -> bool:
+    return a != b and (a - b) & MASK < _HALF
+
+
+def ge(a: int, b: int) -> bool:
+    return (a - b) & MASK < _HALF
+
+
+def max_seq(a: int, b: int) -> int:
+    """The later of the two."""
+    return a if (a - b) & MASK < _HALF else b

@@ -1,0 +1,159 @@
+"""Which source address and port a copy gets towards the target.
+
+Three ways, by placement and -c: the online host's own address with a port of a reserved
+range (zero-route mode), the client's own address, or one of a pool. Each answers with the
+36-byte key of the connection to the target (abi.KEY) that nobody uses, or None. Who uses
+what is the table's knowledge, asked through ``is_free``.
+"""
+
+import ipaddress
+from collections.abc import Callable, Sequence
+from typing import Protocol
+from zlib import crc32
+
+from pycopy.abi import KEY
+
+IsFree = Callable[[bytes], bool]
+
+#: Ports tried before a pool member or a client address is given up.
+TRIES = 256
+
+#: Replacement ports lie above the well-known and registered services.
+PORT_LO, PORT_HI = 10_000, 65_535
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class Addresses(Protocol):
+    """``allocate`` returns a free key towards (target_addr, target_port), or None."""
+
+    def allocate(
+        self, client_addr: bytes, client_port: int, target_addr: bytes, target_port: int,
+        is_free: IsFree,
+    ) -> bytes | None: ...  # fmt: skip
+
+
+def _next_free(
+    source: bytes, first: int, target_addr: bytes, target_port: int, is_free: IsFree
+) -> bytes | None:
+    """Return the first free key from port ``first`` on; TRIES at most."""
+    span = PORT_HI - PORT_LO + 1
+    for step in range(TRIES):
+        port = PORT_LO + (first - PORT_LO + step) % span
+        key = KEY.pack(source, target_addr, port, target_port)
+        if is_free(key):
+            return key
+    return None
+
+
+class KeptAddresses:
+    """The client's own address and port; another port only when that pair is taken."""
+
+    def allocate(
+        self, client_addr: bytes, client_port: int, target_addr: bytes, target_port: int,
+        is_free: IsFree,
+    ) -> bytes | None:  # fmt: skip
+        key = KEY.pack(client_addr, target_addr, client_port, target_port)
+        if is_free(key):
+            return key
+        return _next_free(client_addr, client_port + 1, target_addr, target_port, is_free)
+
+
+class PooledAddresses:
+    """-c: a member of the pool chosen by a stable hash of the client, its port if free.
+
+    Unlike the original's table of first sight the mapping survives a restart and is the
+    same in every instance, and ports move out of each other's way.
+    """
+
+    def __init__(self, networks: Sequence[Network], excluded: frozenset[bytes]) -> None:
+        """``excluded`` are 16-byte addresses never to be used: the targets' own."""
+        self._pools = {
+            4: [net for net in networks if net.version == 4],
+            6: [net for net in networks if net.version == 6],
+        }
+        self._excluded = excluded
+
+    def allocate(
+        self, client_addr: bytes, client_port: int, target_addr: bytes, target_port: int,
+        is_free: IsFree,
+    ) -> bytes | None:  # fmt: skip
+        start = crc32(client_addr)
+        for attempt in range(TRIES):
+            source = self._member(target_addr, start + attempt)
+            if source is None:
+                return None
+            if source in self._excluded:
+                continue
+            key = KEY.pack(source, target_addr, client_port, target_port)
+            if is_free(key):
+                return key
+            other = _next_free(source, client_port + 1, target_addr, target_port, is_free)
+            if other is not None:
+                return other
+        return None
+
+    def _member(self, target_addr: bytes, number: int) -> bytes | None:
+        """Return pool member ``number`` (taken round) of the target's family, 16 bytes."""
+        pool = self._pools[family_of(target_addr)]
+        sizes = [usable_hosts(net) for net in pool]
+        total = sum(sizes)
+        if total == 0:
+            return None
+        number %= total
+        for net, size in zip(pool, sizes, strict=True):
+            if number < size:
+                first = 0 if size == net.num_addresses else 1
+                return mapped(net[first + number])
+            number -= size
+        return None
+
+
+class SelfPorts:
+    """Zero-route mode: the online host's own address, ports of one range in turn.
+
+    In turn, so that a port rests as long as possible before it is used again: the target
+    may keep the old connection in TIME_WAIT for a minute.
+    """
+
+    def __init__(
+        self, ports: Sequence[int], source_for: Callable[[bytes], bytes]
+    ) -> None:
+        """``ports``: the reserved ones, none in use; ``source_for(target_addr)``: our address."""
+        self._ports = ports
+        self._source_for = source_for
+        self._next: dict[tuple[bytes, int], int] = {}
+
+    def allocate(
+        self, client_addr: bytes, client_port: int, target_addr: bytes, target_port: int,
+        is_free: IsFree,
+    ) -> bytes | None:  # fmt: skip
+        source = self._source_for(target_addr)
+        ports, target = self._ports, (target_addr, target_port)
+        position = self._next.get(target, 0)
+        for _ in range(len(ports)):
+            port = ports[position]
+            position = (position + 1) % len(ports)
+            key = KEY.pack(source, target_addr, port, target_port)
+            if is_free(key):
+                self._next[target] = position
+                return key
+        return None
+
+
+def family_of(addr: bytes) -> int:
+    """4 for an IPv4-mapped 16-byte address, else 6."""
+    return 4 if addr.startswith(b"\0" * 10 + b"\xff\xff") else 6
+
+
+def mapped(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bytes:
+    """Return ``address`` as 16 bytes, IPv4-mapped for IPv4 (RFC 4291 2.5.5.2)."""
+    packed = address.packed
+    return b"\0" * 10 + b"\xff\xff" + packed if len(packed) == 4 else packed
+
+
+def usable_hosts(net: Network) -> int:
+    """Addresses of ``net`` that a host may have: all but the first and last of a wide IPv4 one."""
+    if net.version == 4 and net.prefixlen < 31:
+        return net.num_addresses - 2
+    return net.num_addresses

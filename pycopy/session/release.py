@@ -1,0 +1,42 @@
+"""The release rule: when the client's next segment may leave for the target.
+
+A client segment carries in its ACK how many response bytes the client had when it sent
+it. It is released
+
+1. when the target has delivered as many, both counted from the server's own ISN; or
+2. when the target's stream is over (its FIN is here): no more will come; or
+3. when the target's answer is shorter: everything sent is acknowledged, the target has
+   answered the request before, and has been quiet for a while. The difference is then
+   forgiven for good (``need_base``), so that the next answer is compared on its own; or
+4. at once, with -W.
+
+Rule 1 needs no notion of a request, so greetings, pipelining and streams need no special
+case; and where both servers answer alike it holds in the very turn in which the answer
+is complete. (The original waits 1.5 to 2 round trips after the last response segment.)
+"""
+
+from pycopy.session.rules import Rules
+from pycopy.session.views import NEVER, NO_POSITION, Chunk, Target
+
+
+def may_release(target: Target, chunk: Chunk) -> bool:
+    """Rules 1 and 2."""
+    return chunk.need - target.need_base < target.rcv_nxt or target_is_over(target)
+
+
+def target_is_over(target: Target) -> bool:
+    """True once the target's FIN has arrived and nothing before it is missing."""
+    return target.fin_pos != NO_POSITION and target.rcv_nxt > target.fin_pos
+
+
+def quiet_deadline_ns(target: Target, rules: Rules, since_ns: int) -> int:
+    """Rule 3: when a silence that began ``since_ns`` has lasted long enough, or NEVER."""
+    if target.snd_una != target.snd_nxt or target.rcv_nxt <= target.answered:
+        return NEVER
+    wait_ns = 4 * target.srtt_ns
+    return since_ns + min(max(wait_ns, rules.quiet_ns), rules.quiet_max_ns)
+
+
+def forgive(target: Target, chunk: Chunk) -> None:
+    """Rule 3, applied: from here on the shorter answer counts as the whole one."""
+    target.need_base = chunk.need - (target.rcv_nxt - 1)

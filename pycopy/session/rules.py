@@ -1,0 +1,53 @@
+"""The limits and choices that all sessions of a run share, with their defaults."""
+
+from dataclasses import dataclass
+
+MS = 1_000_000
+SECOND = 1_000_000_000
+
+
+@dataclass(slots=True)
+class Rules:
+    """Times in nanoseconds, sizes in bytes; letters are the command line's."""
+
+    #: -W clears it: do not wait for the target before the next request.
+    wait_for_response: bool = True
+    #: -O: only connections whose SYN was captured.
+    only_full_sessions: bool = False
+    #: -r: per cent of clients to copy.
+    sample_percent: int = 100
+    #: -g: raise the share from 1 % to ``sample_percent``, one point a second.
+    ramp: bool = False
+    #: Shortest silence of the target after which a shorter answer counts as complete.
+    quiet_ns: int = 20 * MS
+    quiet_max_ns: int = SECOND
+    #: RFC 1122 4.2.3.2 allows up to 500 ms.
+    delayed_ack_ns: int = 40 * MS
+    #: How long bytes missing from the capture are waited for. A client's own
+    #: retransmission comes after at least 200 ms and backs off exponentially.
+    gap_ns: int = 10 * SECOND
+    #: -t: something waits for the target and it stays silent.
+    response_idle_ns: int = 600 * SECOND
+    #: -k: nothing waits and nothing happens.
+    idle_ns: int = 720 * SECOND
+    #: Long enough to acknowledge a repeated FIN; RFC 9293's 2 MSL would pin ports for minutes.
+    time_wait_ns: int = 2 * SECOND
+    #: RFC 6298 2.1 and 2.4; the minimum is Linux's, since RTT is a data centre's.
+    rto_initial_ns: int = SECOND
+    rto_min_ns: int = 200 * MS
+    rto_max_ns: int = 60 * SECOND
+    syn_retries: int = 5
+    retries: int = 8
+    #: Held segments and bytes of one session.
+    queue_segments: int = 32768
+    queue_bytes: int = 64 << 20
+    #: A mid-stream connection that speaks within this time of the start may be in the
+    #: middle of a request; later ones were silent before, so a request begins.
+    join_quiet_ns: int = 200 * MS
+    #: A mid-stream session's SYN, whose options we must choose.
+    join_wscale: int = 7
+    #: TSvals are milliseconds of our own clock plus this: one clock for all copies, as of
+    #: one host, so that a port used again is accepted in the target's TIME_WAIT (RFC 7323 5.8).
+    timestamp_origin: int = 0
+    #: Sessions at a time.
+    max_sessions: int = 100_000

@@ -1,0 +1,103 @@
+"""bpf/pycopy.h against pycopy/abi.py: what the compiler made of the one, and the other."""
+
+import re
+import struct
+
+from pycopy import abi, link
+from pycopy.loader import load
+
+#: Width in bytes of each letter of a struct format.
+WIDTHS = {"Q": 8, "I": 4, "H": 2, "B": 1}
+
+
+def facts(tmp_path, *expressions):
+    """The values of constant C expressions, as a program compiled with the header sees them."""
+    stores = "".join(f"\tfact({index}, {text});\n" for index, text in enumerate(expressions))
+    source = tmp_path / "facts.c"
+    source.write_text(
+        f"""
+#include "pycopy.h"
+BPF_ARRAY(facts, u64, {len(expressions)});
+static inline void fact(int index, u64 value) {{ facts.update(&index, &value); }}
+int pycopy_facts(PYCOPY_CTX *ctx)
+{{
+{stores}	return 0;
+}}
+"""
+    )
+    module = load(str(source), defines={"PYCOPY_HOOK_XDP": 0})
+    link.test_run(module.program_fd, bytes(64))
+    values = [
+        struct.unpack("=Q", module.maps["facts"].lookup(struct.pack("=I", index)))[0]
+        for index in range(len(expressions))
+    ]
+    module.close()
+    return values
+
+
+def layout(packed, names):
+    """{name: (offset, bytes)} of a struct.Struct whose fields have these names."""
+    fields, offset = {}, 0
+    names = iter(names)
+    for times, letter in re.findall(r"(\d*)([A-Za-z])", packed.format):
+        if letter == "s":
+            fields[next(names)] = (offset, int(times))
+            offset += int(times)
+            continue
+        for _ in range(int(times or 1)):
+            fields[next(names)] = (offset, WIDTHS[letter])
+            offset += WIDTHS[letter]
+    assert offset == packed.size and next(names, None) is None
+    return fields
+
+
+def check_layout(tmp_path, c_name, packed, names):
+    expected = layout(packed, names)
+    texts = [f"sizeof(struct {c_name})"]
+    for name in expected:
+        texts.append(f"__builtin_offsetof(struct {c_name}, {name})")
+        texts.append(f"sizeof(((struct {c_name} *)0)->{name})")
+    size, *pairs = facts(tmp_path, *texts)
+    assert size == packed.size
+    assert dict(zip(expected, zip(pairs[::2], pairs[1::2], strict=True), strict=True)) == expected
+
+
+def test_segment(tmp_path):
+    check_layout(tmp_path, "pycopy_segment", abi.SEGMENT, abi.Segment._fields)
+    assert abi.SEGMENT_BYTES == 112
+
+
+def test_key(tmp_path):
+    names = ("client_addr", "server_addr", "client_port", "server_port")
+    check_layout(tmp_path, "pycopy_key", abi.KEY, names)
+    # A record's key is compared as bytes with what KEY packs: no padding anywhere.
+    assert abi.KEY.size == 36
+
+
+def test_claim_key(tmp_path):
+    check_layout(tmp_path, "pycopy_claim_key", abi.CLAIM_KEY, ("prefix_bits", "addr"))
+
+
+def test_segment_has_no_padding(tmp_path):
+    """Padding would carry kernel memory to user space, and over the channel."""
+    assert sum(width for _, width in layout(abi.SEGMENT, abi.Segment._fields).values()) == 112
+
+
+def test_constants(tmp_path):
+    expected = {
+        "PYCOPY_ABI_VERSION": abi.ABI_VERSION,
+        "PYCOPY_CLIENT": abi.KIND_CLIENT,
+        "PYCOPY_TARGET": abi.KIND_TARGET,
+        "PYCOPY_OPT_MSS": abi.OPT_MSS,
+        "PYCOPY_OPT_WSCALE": abi.OPT_WSCALE,
+        "PYCOPY_OPT_SACK_PERM": abi.OPT_SACK_PERM,
+        "PYCOPY_OPT_TIMESTAMPS": abi.OPT_TIMESTAMPS,
+        "PYCOPY_PIECE_BYTES": abi.PIECE_BYTES,
+        "PYCOPY_PASS": abi.PASS,
+        "PYCOPY_SWALLOW": abi.SWALLOW,
+        "PYCOPY_CAP_COUNTS": len(abi.CaptureCount),
+        "PYCOPY_INT_COUNTS": len(abi.InterceptCount),
+        **{f"PYCOPY_CAP_{kind.name}": kind.value for kind in abi.CaptureCount},
+        **{f"PYCOPY_INT_{kind.name}": kind.value for kind in abi.InterceptCount},
+    }
+    assert dict(zip(expected, facts(tmp_path, *expected), strict=True)) == expected

@@ -1,0 +1,231 @@
+"""The parsers: what tcpcopy's users write is understood, and nonsense is named."""
+
+import ipaddress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pycopy import config
+from pycopy.config import Service, endpoint, map_address, unmap_address
+from pycopy.errors import UsageError
+
+ADDRESSES = st.ip_addresses().filter(
+    # ::ffff:a.b.c.d is the same address as a.b.c.d here.
+    lambda address: address.version == 4 or address.ipv4_mapped is None
+)
+V4 = st.ip_addresses(v=4)
+V6 = st.ip_addresses(v=6).filter(lambda address: address.ipv4_mapped is None)
+PORTS = st.integers(1, 65535)
+
+
+def mapped(text):
+    return map_address(ipaddress.ip_address(text))
+
+
+def no_names(host):
+    raise AssertionError(f"{host} needs no resolving")
+
+
+@given(ADDRESSES)
+def test_address_round_trip(address):
+    packed = map_address(address)
+    assert len(packed) == 16
+    assert unmap_address(packed) == address
+
+
+@given(st.one_of(*(st.tuples(st.none() | v, PORTS, v, PORTS) for v in (V4, V6))))
+def test_service_round_trip(parts):
+    online, online_port, target, target_port = parts
+    service = Service(
+        None if online is None else map_address(online),
+        online_port,
+        map_address(target),
+        target_port,
+    )
+    assert config.parse_services(str(service), no_names) == [service]
+
+
+@given(st.lists(st.tuples(ADDRESSES, PORTS), min_size=1, unique=True))
+def test_intercepts_round_trip(intercepts):
+    text = ",".join(endpoint(map_address(address), port) for address, port in intercepts)
+    wanted = [(str(address), port) for address, port in intercepts]
+    assert config.parse_intercepts(text, resolver=no_names) == wanted
+
+
+@given(st.ip_addresses(v=4), st.integers(0, 32))
+def test_networks_round_trip(address, bits):
+    network = ipaddress.ip_network((address, bits), strict=False)
+    assert config.parse_networks(str(network), "-c") == [network]
+
+
+@given(st.text(max_size=40))
+def test_no_text_escapes_as_anything_but_a_usage_error(text):
+    def unresolvable(host):
+        raise UsageError("cannot resolve", "")
+
+    for parse in (
+        lambda: config.parse_services(text, unresolvable),
+        lambda: config.parse_intercepts(text, resolver=unresolvable),
+        lambda: config.parse_networks(text, "-c"),
+        lambda: config.parse_old_form(text.split() or [""], unresolvable),
+        lambda: config.parse_interfaces(text),
+        lambda: config.parse_ports(text),
+        lambda: config.parse_bytes(text, "--ring"),
+        lambda: config.parse_int(text, "-m", 1, 9, "it"),
+        lambda: config.parse_interval(text),
+    ):
+        try:
+            parse()
+        except UsageError as error:
+            assert error.cause
+
+
+def test_services_of_the_seeds():
+    assert config.parse_services("80-61.135.233.160:8080") == [
+        Service(None, 80, mapped("61.135.233.160"), 8080)
+    ]
+    assert config.parse_services("10.0.0.1:80-[::ffff:10.0.0.2]:8080,443-10.0.0.2:8443") == [
+        Service(mapped("10.0.0.1"), 80, mapped("10.0.0.2"), 8080),
+        Service(None, 443, mapped("10.0.0.2"), 8443),
+    ]
+
+
+def test_names_are_resolved_once():
+    asked = []
+
+    def resolver(host):
+        asked.append(host)
+        return ipaddress.ip_address("10.0.0.2")
+
+    assert config.parse_services("80-test-host.example:81", resolver) == [
+        Service(None, 80, mapped("10.0.0.2"), 81)
+    ]
+    assert config.parse_intercepts("a.example,b:9", 7, resolver) == [
+        ("10.0.0.2", 7),
+        ("10.0.0.2", 9),
+    ]
+    assert asked == ["test-host.example", "a.example", "b"]
+
+
+def test_unresolvable_name():
+    with pytest.raises(UsageError) as caught:
+        config.parse_services("80-no-such-host.invalid:80")
+    assert "cannot resolve 'no-such-host.invalid'" in caught.value.cause
+
+
+@pytest.mark.parametrize(
+    ("text", "bad", "form"),
+    [
+        # tcpcopy took this one for 0.0.0.0:192 without a word.
+        ("10008-192.168.237.128", "'192.168.237.128' has no port", "192.168.237.128:10008"),
+        ("80", "no '-'", "[srcIP:]srcPort-dstIP:dstPort"),
+        ("80-8080", "'8080' has no address", "80-10.0.0.2:8080"),
+        ("80-", "'' has no port", "80-10.0.0.2:80"),
+        ("x-10.0.0.2:80", "the source 'x' has no port", "srcPort"),
+        ("0-10.0.0.2:80", "the source port is '0'", "1 to 65535"),
+        ("80-10.0.0.2:65536", "the target port is '65536'", "1 to 65535"),
+        ("80-10.0.0.2:", "the target port is ''", "1 to 65535"),
+        ("80-10.2:80", "'10.2', not an address", "10.0.0.2"),
+        ("80-10.0.0.256:80", "'10.0.0.256', not an address", "10.0.0.2"),
+        ("name:80-10.0.0.2:80", "the source is 'name'", "10.0.0.2"),
+        ("10.0.0.1-10.0.0.2:80", "'10.0.0.1' has no port", "srcPort"),
+        ("80-fd00::2:80", "'fd00::2:80' has too many colons", "[fd00::2]:80"),
+        ("80-[fd00::2]", "'[fd00::2]' has no port", "80-[fd00::2]:80"),
+        ("80-[fd00::2:80", "not [IPv6]:port", "[fd00::2]:80"),
+        ("80-[fe80::1%eth0]:80", "with a zone", "global"),
+        ("10.0.0.1:80-[fd00::2]:80", "IPv4 traffic cannot be copied to an IPv6", "one family"),
+        ("80@00:11:22:33:44:55-10.0.0.2:80@66:77:88:99:aa:bb", "MAC addresses", "leave '@MAC'"),
+        ("80-10.0.0.2:80,", "an entry is empty", "80-10.0.0.2:8080"),
+        ("80-10.0.0.2:80,10.0.0.9:80-10.0.0.3:80", "takes the same traffic already", "second"),
+    ],
+)
+def test_bad_services_say_what_is_bad_and_what_is_right(text, bad, form):
+    with pytest.raises(UsageError) as caught:
+        config.parse_services(text)
+    assert bad in caught.value.cause
+    assert form in caught.value.cure
+
+
+def test_a_narrow_service_before_a_wide_one_is_fine():
+    assert len(config.parse_services("10.0.0.9:80-10.0.0.3:80,80-10.0.0.2:80")) == 2
+
+
+def test_old_form():
+    words = "1.2.3.13:1.2.3.14 12321 1.2.3.148 12322".split()
+    assert config.parse_old_form(words) == [
+        Service(mapped("1.2.3.13"), 12321, mapped("1.2.3.148"), 12322),
+        Service(mapped("1.2.3.14"), 12321, mapped("1.2.3.148"), 12322),
+    ]
+    for locals_ in ("fd00::1", "[fd00::1]"):
+        assert config.parse_old_form([locals_, "80", "fd00::2", "81"]) == [
+            Service(mapped("fd00::1"), 80, mapped("fd00::2"), 81)
+        ]
+    assert [
+        s.online_addr for s in config.parse_old_form(["[fd00::1]:[fd00::3]", "1", "fd00::2", "2"])
+    ] == [
+        mapped("fd00::1"),
+        mapped("fd00::3"),
+    ]
+    for bad in (["1.2.3.4", "80", "1.2.3.5"], ["1.2.3.4:", "80", "1.2.3.5", "80"]):
+        with pytest.raises(UsageError):
+            config.parse_old_form(bad)
+
+
+def test_intercept_forms():
+    assert config.parse_intercepts("10.0.0.3,fd00::3,[fd00::4],[fd00::5]:7") == [
+        ("10.0.0.3", 36524),
+        ("fd00::3", 36524),
+        ("fd00::4", 36524),
+        ("fd00::5", 7),
+    ]
+    for bad in ("10.0.0.3:", "36524", "10.0.0.3,10.0.0.3", ""):
+        with pytest.raises(UsageError):
+            config.parse_intercepts(bad)
+
+
+def test_client_ranges():
+    assert config.parse_networks("62.135.200.x,10.0.0.1, fd00::/64,10.1.0.0/16", "-c") == [
+        ipaddress.ip_network("62.135.200.0/24"),
+        ipaddress.ip_network("10.0.0.1/32"),
+        ipaddress.ip_network("fd00::/64"),
+        ipaddress.ip_network("10.1.0.0/16"),
+    ]
+    with pytest.raises(UsageError) as caught:
+        config.parse_networks("10.0.0.5/24", "-c")
+    assert "10.0.0.0/24" in caught.value.cure
+    for bad in ("62.135.x.x", "62.135.200.*", "x", "1.2.3.x/24", "fd00::x", "1.2.3", "host"):
+        with pytest.raises(UsageError) as caught:
+            config.parse_networks(bad, "-c")
+        assert bad in caught.value.cause
+
+
+def test_client_pool_must_have_the_targets_family():
+    services = config.parse_services("80-10.0.0.2:80,81-[fd00::2]:80")
+    both = config.parse_networks("62.135.200.x,fd01::/64", "-c")
+    config.check_client_pool(both, services)
+    config.check_client_pool([], services)
+    with pytest.raises(UsageError, match="no IPv6"):
+        config.check_client_pool(both[:1], services)
+
+
+def test_small_parsers():
+    assert config.parse_interfaces("eth0,eth1,eth0") == ["eth0", "eth1"]
+    assert config.parse_interfaces("any") == []
+    assert config.parse_ports("20000-29999") == (20000, 29999)
+    assert config.parse_bytes("16M", "--ring") == 16 << 20
+    assert config.parse_bytes("65537", "--ring") == 128 << 10
+    assert config.parse_bytes("512KiB", "--ring") == 512 << 10
+    assert config.parse_interval("0.5") == 0.5
+    for parse, bad in (
+        (config.parse_interfaces, "a/b"),
+        (config.parse_interfaces, "sixteen-letters-x"),
+        (config.parse_ports, "29999-20000"),
+        (config.parse_ports, "1"),
+        (config.parse_interval, "nan"),
+        (config.parse_interval, "0"),
+        (lambda text: config.parse_bytes(text, "--ring"), "1K"),
+        (lambda text: config.parse_bytes(text, "--ring"), "2G"),
+    ):
+        with pytest.raises(UsageError):
+            parse(bad)

@@ -1,0 +1,191 @@
+"""Daemon, log file, pid file: on real processes, since that is what they are about."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pycopy.daemon import LogFile, PidFile
+from pycopy.errors import PycopyError
+
+# A driver as replay and intercept are, in small: ready, then HUP and TERM.
+PROGRAM = """
+import os, signal, sys
+from pycopy import cli, daemon
+from pycopy.errors import HostUnfit
+
+mode, log, pid, detach = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "-d"
+
+def body():
+    if mode == "unfit":
+        raise HostUnfit("no such kernel", "get another")
+    if mode == "crash":
+        raise ZeroDivisionError("a bug")
+    if mode == "fails":
+        return 1
+    signals = {signal.SIGHUP, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    print("to stdout"); print("to stderr", file=sys.stderr); os.system("echo from a child")
+    if mode == "late":
+        raise HostUnfit("it broke later", "")
+    daemon.ready()
+    print("cwd", os.getcwd(), "session", os.getsid(0) != os.getpid())
+    while signal.sigwait(signals) == signal.SIGHUP:
+        daemon.reopen_log()
+        print("reopened")
+    print("ended")
+    return 0
+
+cli._COMMANDS["test"] = lambda argv: daemon.run(body, detach=detach, log_path=log, pid_path=pid)
+sys.exit(cli.main(["test"]))
+"""
+
+
+def run(mode, log, pid="", detach="-d", **options):
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, mode, str(log), str(pid), detach],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        **options,
+    )
+
+
+def until(condition, what):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """Log and pid path of a daemon, which is ended afterwards whatever happened."""
+    log, pid = tmp_path / "log", tmp_path / "pid"
+    yield log, pid
+    if pid.exists():
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def test_a_daemon_from_start_to_end(paths):
+    log, pid = paths
+    command = run("serve", log, pid)
+    assert (command.returncode, command.stdout, command.stderr) == (0, "", "")
+    number = int(pid.read_text())
+    until(lambda: "cwd / session True" in log.read_text(), "the daemon's log")
+    for line in ("to stdout", "to stderr", "from a child"):
+        assert line in log.read_text().splitlines()
+
+    # One at a time, and the refusal names the other.
+    second = run("serve", log, pid)
+    assert second.returncode == 1
+    assert f"already running as process {number}" in second.stderr
+
+    # Log rotation: the new file is used, the old one left alone.
+    log.rename(f"{log}.1")
+    os.kill(number, signal.SIGHUP)
+    until(lambda: log.exists() and "reopened" in log.read_text(), "the new log")
+    assert "reopened" not in Path(f"{log}.1").read_text()
+
+    os.kill(number, signal.SIGTERM)
+    until(lambda: not pid.exists(), "the end")
+    until(lambda: "ended" in log.read_text(), "the last line")
+
+
+def test_what_a_killed_daemon_leaves_is_not_in_the_way(paths):
+    log, pid = paths
+    assert run("serve", log, pid).returncode == 0
+    first = int(pid.read_text())
+    os.kill(first, signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{first}/fd/0").exists(), "the kill")
+    assert pid.exists()
+    again = run("serve", log, pid)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert int(pid.read_text()) != first
+
+
+@pytest.mark.parametrize(
+    ("mode", "status", "words"),
+    [
+        ("unfit", 3, "pycopy: error: no such kernel\n  get another\n"),
+        ("late", 3, "pycopy: error: it broke later\n"),
+        ("crash", 1, "pycopy: error: the daemon ended while starting\n  {log} has the reason\n"),
+        ("fails", 1, "pycopy: error: the daemon ended while starting\n  {log} has the reason\n"),
+    ],
+)
+def test_errors_before_ready_are_told_where_the_command_was_typed(paths, mode, status, words):
+    log, pid = paths
+    command = run(mode, log, pid)
+    assert (command.returncode, command.stderr) == (status, words.format(log=log))
+    until(lambda: not pid.exists(), "the pid file's removal")
+    if mode == "crash":
+        until(lambda: "ZeroDivisionError: a bug" in log.read_text(), "the traceback")
+
+
+def test_foreground_with_a_log_file(paths):
+    log, pid = paths
+    command = run("late", log, pid, detach="")
+    assert command.returncode == 3
+    assert sorted(command.stdout.splitlines()) == ["from a child", "to stdout"]
+    # The error is told in both places.
+    assert command.stderr == "pycopy: error: it broke later\n"
+    assert log.read_text() == "to stderr\npycopy: error: it broke later\n"
+    assert not pid.exists()
+
+
+def test_paths_that_cannot_be_written(tmp_path):
+    for log, pid, words in (
+        (tmp_path / "no" / "log", "", "cannot write the log file"),
+        (tmp_path / "log", tmp_path / "no" / "pid", "cannot write the pid file"),
+    ):
+        command = run("serve", log, pid)
+        assert command.returncode == 1
+        assert words in command.stderr
+        assert "No such file or directory" in command.stderr
+
+
+def test_a_full_disk_is_counted_and_survived():
+    log = LogFile("/dev/full")
+    print("one", file=log)
+    print("two", file=log)
+    assert log.write_errors == 2
+    command = run("late", "/dev/full", detach="")
+    assert command.returncode == 3
+    assert command.stderr.splitlines() == [
+        "2 messages could not be written to the log",
+        "pycopy: error: it broke later",
+    ]
+    with pytest.raises(PycopyError, match="cannot write the pid file"):
+        PidFile("/dev/full").write()
+
+
+def test_log_writes_whole_lines_and_reopens_only_what_it_can(tmp_path):
+    path = tmp_path / "sub" / "log"
+    path.parent.mkdir()
+    log = LogFile(str(path))
+    log.write("half ")
+    assert path.read_text() == ""
+    log.write("a line\nand ")
+    assert path.read_text() == "half a line\n"
+    moved = tmp_path / "moved"
+    path.parent.rename(moved)
+    log.reopen()  # nowhere to go: the old file goes on
+    assert log.write_errors == 1
+    log.write("more \N{SNOWMAN}\n")
+    assert (moved / "log").read_text() == "half a line\nand more \N{SNOWMAN}\n"
+
+
+def test_pid_file_lock_is_what_counts(tmp_path):
+    path = tmp_path / "pid"
+    path.write_text("1\n")  # a number of somebody else's process, not locked: stale
+    mine = PidFile(str(path))
+    mine.write()
+    assert path.read_text() == f"{os.getpid()}\n"
+    with pytest.raises(PycopyError, match=f"already running as process {os.getpid()}"):
+        PidFile(str(path))
+    mine.remove()
+    assert not path.exists()

@@ -1,0 +1,94 @@
+"""The guards: every refusal has its status, its reason, and what to type."""
+
+import ipaddress
+import socket
+
+import pytest
+
+from pycopy import config, guards
+from pycopy.errors import HostUnfit, Refused, UsageError
+
+LOCAL = {config.map_address(ipaddress.ip_address(a)) for a in ("10.0.0.1", "fd00::1")}
+
+
+def check(text, allow_public=False):
+    guards.check_targets(config.parse_services(text), LOCAL, allow_public)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "80-10.0.0.2:80",
+        "80-[fd00::2]:80",
+        "10.0.0.1:80-10.0.0.2:80,10.0.0.2:81-10.0.0.3:80",
+        "80-192.168.1.1:80",
+        "80-100.64.0.1:80",
+    ],
+)
+def test_ordinary_targets_pass(text):
+    check(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("80-10.0.0.1:8080", "this host itself"),
+        ("80-[fd00::1]:8080", "this host itself"),
+        ("80-127.0.0.1:8080", "this host itself"),
+        ("80-127.9.9.9:8080", "this host itself"),
+        ("80-[::1]:8080", "this host itself"),
+        ("80-239.1.1.1:80", "one host"),
+        ("80-255.255.255.255:80", "one host"),
+        ("80-0.0.0.0:80", "one host"),
+        ("80-[::]:80", "one host"),
+        ("80-[ff02::1]:80", "one host"),
+        ("10.0.0.2:80-10.0.0.2:80", "a loop"),
+        ("10.0.0.2:80-10.0.0.3:80,10.0.0.3:80-10.0.0.2:81", "a loop"),
+    ],
+)
+def test_refusals_that_cannot_be_overruled(text, reason):
+    with pytest.raises(Refused) as caught:
+        check(text, allow_public=True)
+    assert reason in caught.value.cause
+    assert "cannot be overruled" in caught.value.cure
+
+
+@pytest.mark.parametrize("text", ["80-1.2.3.148:80", "80-[2001:4860:4860::8888]:80"])
+def test_public_targets_need_a_flag(text):
+    with pytest.raises(Refused) as caught:
+        check(text)
+    assert "--allow-public-target" in caught.value.cure
+    check(text, allow_public=True)
+
+
+def test_privileges():
+    every = 1 << 12 | 1 << 13 | 1 << 39
+    guards.check_privileges(every)
+    guards.check_privileges(1 << 12 | 1 << 13 | 1 << 21)  # CAP_SYS_ADMIN stands in for CAP_BPF
+    for name, bit in (("CAP_NET_ADMIN", 12), ("CAP_NET_RAW", 13), ("CAP_BPF", 39)):
+        with pytest.raises(HostUnfit) as caught:
+            guards.check_privileges(every & ~(1 << bit))
+        assert caught.value.cause.endswith(f": {name} missing")
+        assert "sudo" in caught.value.cure
+        assert "AmbientCapabilities" in caught.value.cure
+
+
+def test_interfaces():
+    present = ["lo", "eth0"]
+    guards.check_interfaces(["eth0"], present)
+    guards.check_interfaces(["lo"])
+    with pytest.raises(UsageError) as caught:
+        guards.check_interfaces(["eht0"], present)
+    assert "eht0" in caught.value.cause
+    assert "did you mean eth0?" in caught.value.cure
+
+
+def test_local_addresses_are_those_that_can_be_bound():
+    found = {config.unmap_address(address) for address in guards.local_addresses()}
+    assert ipaddress.ip_address("127.0.0.1") in found
+    for address in found:
+        if address.is_link_local:
+            continue
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            sock.bind((str(address), 0))

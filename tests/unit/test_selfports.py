@@ -1,0 +1,58 @@
+"""Ports of the zero-route mode: outside the ephemeral range, and none that is in use."""
+
+import socket
+
+import pytest
+
+from pycopy import selfports
+from pycopy.errors import PycopyError, UsageError
+
+
+def test_default_range_is_beside_the_ephemeral_one():
+    low, high = selfports.choose_range(None)
+    ephemeral_low, ephemeral_high = selfports.ephemeral_range()
+    assert high < ephemeral_low or low > ephemeral_high
+    assert selfports.LOWEST <= low < high <= selfports.HIGHEST
+
+
+def test_a_range_inside_the_ephemeral_one_is_refused_with_both_named():
+    low, high = selfports.ephemeral_range()
+    with pytest.raises(UsageError, match=f"{low}-{high}"):
+        selfports.choose_range((low + 1, low + 10))
+
+
+def test_a_range_of_the_users_own_is_taken_as_given(monkeypatch):
+    monkeypatch.setattr(selfports, "ephemeral_range", lambda: (32768, 60999))
+    assert selfports.choose_range((20000, 20010)) == (20000, 20010)
+
+
+@pytest.mark.parametrize(
+    ("ephemeral", "expected"),
+    [((32768, 60999), (10000, 32767)), ((10000, 30000), (30001, 65535))],
+)
+def test_the_wider_side_is_taken(monkeypatch, ephemeral, expected):
+    monkeypatch.setattr(selfports, "ephemeral_range", lambda: ephemeral)
+    assert selfports.choose_range(None) == expected
+
+
+def test_no_room_beside_the_ephemeral_range_is_an_error(monkeypatch):
+    monkeypatch.setattr(selfports, "ephemeral_range", lambda: (1024, 65535))
+    with pytest.raises(PycopyError, match="leave no room"):
+        selfports.choose_range(None)
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_a_port_that_a_socket_uses_is_left_out(family):
+    with socket.socket(family) as used:
+        used.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
+        used.listen()
+        port = used.getsockname()[1]
+        assert port in selfports.ports_in_use()
+        assert selfports.choose_ports((port - 1, port + 1)).count(port) == 0
+
+
+def test_a_range_without_a_free_port_is_an_error():
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = used.getsockname()[1]
+        with pytest.raises(PycopyError, match="in use"):
+            selfports.choose_ports((port, port))
