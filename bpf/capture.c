@@ -84,7 +84,10 @@ static __always_inline int emit_sized(PYCOPY_CTX *ctx, struct pycopy_segment *se
 	return emit(ctx, segment, at, bytes, PYCOPY_PIECE_BYTES);
 }
 
-/* A segment as one record or, if it is a super-segment, as several. */
+/* A segment as one record or, if it is a super-segment, as several.  XDP cannot
+ * read beyond an offset of 64 KB (bpf_xdp_load_bytes): a piece that is there
+ * counts as truncated.
+ */
 static __always_inline void emit_pieces(PYCOPY_CTX *ctx, struct pycopy_segment *segment, u32 at)
 {
 	const u8 last_only = PYCOPY_TCP_FIN | PYCOPY_TCP_PSH;
@@ -109,8 +112,8 @@ static __always_inline void emit_pieces(PYCOPY_CTX *ctx, struct pycopy_segment *
 				count(outcome, 1);
 			extra++;
 			/* A SYN takes a sequence number of its own, before the payload. */
-			segment->seq += PYCOPY_PIECE_BYTES +
-					!!(segment->tcp_flags & PYCOPY_TCP_SYN);
+			segment->seq +=
+				PYCOPY_PIECE_BYTES + !!(segment->tcp_flags & PYCOPY_TCP_SYN);
 			segment->tcp_flags &= ~PYCOPY_TCP_SYN;
 			at += PYCOPY_PIECE_BYTES;
 			left -= PYCOPY_PIECE_BYTES;
@@ -125,41 +128,39 @@ static __always_inline void emit_pieces(PYCOPY_CTX *ctx, struct pycopy_segment *
 /* The index of the service that the packet is addressed to, or -1. */
 static __always_inline int find_service(struct pycopy_packet *packet)
 {
-#define PYCOPY_SERVICE(index, any, port, w0, w1, w2, w3)                                 \
-	if (packet->tcp.dst_port == htons(port) &&                                       \
-	    ((any) || (packet->dst[0] == htonl(w0) && packet->dst[1] == htonl(w1) &&     \
-		       packet->dst[2] == htonl(w2) && packet->dst[3] == htonl(w3))))     \
+#define PYCOPY_SERVICE(index, any, port, w0, w1, w2, w3)                             \
+	if (packet->tcp.dst_port == htons(port) &&                                   \
+	    ((any) || (packet->dst[0] == htonl(w0) && packet->dst[1] == htonl(w1) && \
+		       packet->dst[2] == htonl(w2) && packet->dst[3] == htonl(w3)))) \
 		return index;
 	PYCOPY_SERVICES(PYCOPY_SERVICE)
 #undef PYCOPY_SERVICE
 	return -1;
 }
 
-/* Follows the flow's handshake.  Non-zero: a pure ACK, and not the one that
- * completes it, which carries the online server's irs and so is wanted.
+/* Follows the flow's handshake.  Zero: a pure ACK that tells the session engine
+ * nothing.  The one that completes a handshake does: its ack is the online
+ * server's irs.
  */
-static __always_inline int is_idle_ack(struct pycopy_segment *segment)
+static __always_inline int follow_handshake(struct pycopy_segment *segment)
 {
 	struct pycopy_handshake *handshake;
 
 	if ((segment->tcp_flags & (PYCOPY_TCP_SYN | PYCOPY_TCP_ACK)) == PYCOPY_TCP_SYN) {
-		struct pycopy_handshake begun = { segment->seq, segment->seg_len };
+		struct pycopy_handshake begun = {segment->seq, segment->seg_len};
 
 		handshakes.update(&segment->key, &begun);
-		return 0;
+		return 1;
 	}
 	handshake = handshakes.lookup(&segment->key);
-	if (segment->seg_len ||
-	    segment->tcp_flags & (PYCOPY_TCP_SYN | PYCOPY_TCP_FIN | PYCOPY_TCP_RST)) {
-		if (handshake)
-			handshakes.delete(&segment->key);
+	if (!segment->seg_len &&
+	    !(segment->tcp_flags & (PYCOPY_TCP_SYN | PYCOPY_TCP_FIN | PYCOPY_TCP_RST)) &&
+	    (!handshake || !(segment->tcp_flags & PYCOPY_TCP_ACK) ||
+	     segment->seq - handshake->iss - 1 > handshake->syn_len))
 		return 0;
-	}
-	if (!handshake || !(segment->tcp_flags & PYCOPY_TCP_ACK) ||
-	    segment->seq - handshake->iss - 1 > handshake->syn_len)
-		return 1;
-	handshakes.delete(&segment->key);
-	return 0;
+	if (handshake)
+		handshakes.delete(&segment->key);
+	return 1;
 }
 
 static __always_inline void capture(PYCOPY_CTX *ctx)
@@ -200,7 +201,7 @@ static __always_inline void capture(PYCOPY_CTX *ctx)
 	segment->service = service;
 	pycopy_set_key(&segment->key, packet.src, packet.tcp.src_port, packet.dst,
 		       packet.tcp.dst_port);
-	if (is_idle_ack(segment)) {
+	if (!follow_handshake(segment)) {
 		count(PYCOPY_CAP_PURE_ACK, 1);
 		return;
 	}

@@ -38,19 +38,19 @@
  */
 #define PYCOPY_PIN(value) asm volatile("" : "+r"(value))
 
-#define PYCOPY_ETH_IPV4 0x0800
-#define PYCOPY_ETH_IPV6 0x86dd
-#define PYCOPY_ETH_8021Q 0x8100
+#define PYCOPY_ETH_IPV4	  0x0800
+#define PYCOPY_ETH_IPV6	  0x86dd
+#define PYCOPY_ETH_8021Q  0x8100
 #define PYCOPY_ETH_8021AD 0x88a8
-#define PYCOPY_VLAN_TAGS 2
+#define PYCOPY_VLAN_TAGS  2
 
 /* IPv6 next-header values (RFC 8200 4). */
-#define PYCOPY_IP_HOP_BY_HOP 0
-#define PYCOPY_IP_TCP 6
-#define PYCOPY_IP_ROUTING 43
-#define PYCOPY_IP_FRAGMENT 44
+#define PYCOPY_IP_HOP_BY_HOP  0
+#define PYCOPY_IP_TCP	      6
+#define PYCOPY_IP_ROUTING     43
+#define PYCOPY_IP_FRAGMENT    44
 #define PYCOPY_IP_DESTINATION 60
-#define PYCOPY_IP_EXTENSIONS 8 /* more of them than that is nobody's TCP */
+#define PYCOPY_IP_EXTENSIONS  8 /* more of them than that is nobody's TCP */
 
 /* The longest datagram whose length its header can state; a longer one (BIG
  * TCP, jumbogram) states 0.
@@ -66,15 +66,15 @@
 #define PYCOPY_TCP_PSH 0x08
 #define PYCOPY_TCP_ACK 0x10
 
-#define PYCOPY_TCP_OPTIONS_BYTES 40
-#define PYCOPY_TCP_OPTION_END 0
-#define PYCOPY_TCP_OPTION_NOP 1
-#define PYCOPY_TCP_OPTION_MSS 2
-#define PYCOPY_TCP_OPTION_WSCALE 3
-#define PYCOPY_TCP_OPTION_SACK_PERM 4
-#define PYCOPY_TCP_OPTION_SACK 5
+#define PYCOPY_TCP_OPTIONS_BYTES     40
+#define PYCOPY_TCP_OPTION_END	     0
+#define PYCOPY_TCP_OPTION_NOP	     1
+#define PYCOPY_TCP_OPTION_MSS	     2
+#define PYCOPY_TCP_OPTION_WSCALE     3
+#define PYCOPY_TCP_OPTION_SACK_PERM  4
+#define PYCOPY_TCP_OPTION_SACK	     5
 #define PYCOPY_TCP_OPTION_TIMESTAMPS 8
-#define PYCOPY_WSCALE_MAX 14 /* RFC 7323 2.3: use 14 for anything larger */
+#define PYCOPY_WSCALE_MAX	     14 /* RFC 7323 2.3: use 14 for anything larger */
 
 struct pycopy_vlan {
 	__be16 tci;
@@ -138,16 +138,16 @@ enum pycopy_parsed {
 
 struct pycopy_packet {
 	__u32 frame_bytes;
-	__u32 end;	 /* offset at which the IP header says the datagram ends */
-	__u32 tcp_at;	 /* offset of the TCP header */
+	__u32 end;    /* offset at which the IP header says the datagram ends */
+	__u32 tcp_at; /* offset of the TCP header */
 	__u32 payload_at;
-	__be32 src[4];	 /* IPv4-mapped for IPv4 */
+	__be32 src[4]; /* IPv4-mapped for IPv4 */
 	__be32 dst[4];
 	struct pycopy_tcp tcp;
-	__u8 family;	 /* 4 or 6 */
-	__u8 extended;	 /* extension headers stand before TCP */
+	__u8 family;   /* 4 or 6 */
+	__u8 extended; /* extension headers stand before TCP */
 	__u8 ports_known;
-	__u8 tcp_known;	 /* all 20 bytes of tcp, not only the ports */
+	__u8 tcp_known; /* all 20 bytes of tcp, not only the ports */
 } __attribute__((aligned(8)));
 
 /* `bytes` at offset `at` into *to; non-zero if the frame ends before that.  Nearly
@@ -238,8 +238,8 @@ static __always_inline int pycopy_parse_ipv6(PYCOPY_CTX *ctx, u32 at, struct pyc
 		if (next == PYCOPY_IP_FRAGMENT) {
 			if (extension.fragment & htons(0xfff8))
 				/* What came before TCP, if anything, is in the first one. */
-				return extension.next == PYCOPY_IP_TCP ? PYCOPY_FRAGMENT :
-									 PYCOPY_NOT_TCP;
+				return extension.next == PYCOPY_IP_TCP ? PYCOPY_FRAGMENT
+								       : PYCOPY_NOT_TCP;
 			/* Neither offset nor more: an atomic fragment, whole (RFC 6946). */
 			if (extension.fragment & htons(1))
 				parsed = PYCOPY_FRAGMENT;
@@ -404,8 +404,8 @@ static __always_inline int pycopy_parse_options(PYCOPY_CTX *ctx, u32 at, u64 byt
 			segment->mss = pycopy_get16(option + 2);
 		} else if (option[0] == PYCOPY_TCP_OPTION_WSCALE && length == 3) {
 			segment->options |= PYCOPY_OPT_WSCALE;
-			segment->wscale = option[2] < PYCOPY_WSCALE_MAX ? option[2] :
-									  PYCOPY_WSCALE_MAX;
+			segment->wscale =
+				option[2] < PYCOPY_WSCALE_MAX ? option[2] : PYCOPY_WSCALE_MAX;
 		} else if (option[0] == PYCOPY_TCP_OPTION_SACK_PERM && length == 2) {
 			segment->options |= PYCOPY_OPT_SACK_PERM;
 		}
