@@ -12,6 +12,7 @@ from pycopy.errors import HostUnfit, UsageError
 _SIOCGIFFLAGS, _SIOCGIFADDR, _SIOCGIFHWADDR = 0x8913, 0x8915, 0x8927
 _IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
 _ARPHRD_ETHER, _ARPHRD_LOOPBACK = 1, 772
+_IPV6_ADDR_LINKLOCAL = "20"
 _IFREQ = struct.Struct("=16sH22x")
 
 
@@ -63,7 +64,9 @@ def _has_address(any_socket: socket.socket, name: str) -> bool:
         pass
     try:
         with open("/proc/net/if_inet6", encoding="ascii") as table:
-            return any(line.split()[5] == name for line in table)
+            fields = (line.split() for line in table)
+            # Every port of a bridge has a link-local address, and would show segments twice.
+            return any(name == each[5] and each[3] != _IPV6_ADDR_LINKLOCAL for each in fields)
     except FileNotFoundError:  # IPv6 is disabled
         return False
 

@@ -1,9 +1,10 @@
-"""Tests of the BPF programs need the kernel: as root, or they fail (a skipped tier is a failure)."""
+"""Fixtures of the tests that run the BPF programs in the kernel, which takes root."""
 
 import itertools
 import os
 
 import pytest
+
 from tests.bpf.harness import Capture, Namespaces, mapped
 
 

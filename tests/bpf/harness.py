@@ -22,9 +22,9 @@ from tests.bpf.oracle import FRAGMENT, MALFORMED, TRUNCATED, WHOLE, look
 RING_BYTES = 1 << 22
 
 XDP_DROP, XDP_PASS = 1, 2
-TC_CONTINUE, TC_STOLEN = 0xFFFFFFFF, 4
+TC_CONTINUE, TC_SHOT = 0xFFFFFFFF, 2
 CONTINUE = {"tc": TC_CONTINUE, "xdp": XDP_PASS}
-SWALLOW = {"tc": TC_STOLEN, "xdp": XDP_DROP}
+SWALLOW = {"tc": TC_SHOT, "xdp": XDP_DROP}
 
 #: A service on whatever port the packet is addressed to.
 EVERY_PORT = "#define PYCOPY_SERVICES(S) S(0, 1, ntohs(packet->tcp.dst_port), 0, 0, 0, 0)\n"
@@ -44,7 +44,9 @@ def runnable(hook, frame):
 class Program:
     """One loaded program with its ring and its counters."""
 
-    def __init__(self, source, hook, counts, *, prelude, ring_bytes=RING_BYTES, l2_bytes=14, **more):
+    def __init__(
+        self, source, hook, counts, *, prelude, ring_bytes=RING_BYTES, l2_bytes=14, **more
+    ):
         self.hook = hook
         self.kinds = counts
         defines = {
@@ -73,7 +75,9 @@ class Program:
         result = link.test_run(self.module.program_fd, frame)
         assert result.data == frame, "the packet came back changed"
         after = self.counts()
-        self.changed = {kind: after[kind] - before[kind] for kind in after if after[kind] != before[kind]}
+        self.changed = {
+            kind: after[kind] - before[kind] for kind in after if after[kind] != before[kind]
+        }
         self.check_balance(after)
         return result.retval
 
@@ -113,17 +117,19 @@ class Capture(Program):
 
 
 class Intercept(Program):
-    def __init__(self, hook, *, expression="", targets=None, ports=(0, 0), channel=0, **more):
+    def __init__(
+        self, hook, *, expression="", targets=None, ports=(0, 0), channel=0, swallow="", **more
+    ):
         text = compile_filter(expression, more.get("l2_bytes", 14))
         if targets is not None:
             text += targets_prelude(targets, *ports)
-        verdict = "XDP_DROP" if hook == "xdp" else "TC_ACT_STOLEN"
+        verdict = "XDP_DROP" if hook == "xdp" else "TC_ACT_SHOT"
         super().__init__(
             "intercept.c",
             hook,
             InterceptCount,
             prelude=text,
-            PYCOPY_VERDICT_SWALLOW=verdict,
+            PYCOPY_VERDICT_SWALLOW=swallow or verdict,
             PYCOPY_CHANNEL_PORT=channel,
             **more,
         )
@@ -131,7 +137,9 @@ class Intercept(Program):
 
     @staticmethod
     def check_balance(counts):
-        assert counts[InterceptCount.MATCHED] == sum(counts[kind] for kind in InterceptCount if kind)
+        assert counts[InterceptCount.MATCHED] == sum(
+            counts[kind] for kind in InterceptCount if kind
+        )
 
     def claim(self, address, prefix_bits, value):
         key = abi.CLAIM_KEY.pack(prefix_bits, address)

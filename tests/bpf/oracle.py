@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 MAPPED = bytes(10) + b"\xff\xff"
 EXTENSIONS = 8
 
-OTHER, FRAGMENT, TRUNCATED, MALFORMED, WHOLE = "other", "fragment", "truncated", "malformed", "whole"
+#: The fates. OTHER: not TCP, or nothing that a TCP would look at.
+OTHER, WHOLE = "other", "whole"
+FRAGMENT, TRUNCATED, MALFORMED = "fragment", "truncated", "malformed"
 
 
 @dataclass
 class Look:
-    """`fate` for a frame that was let in; `flow` is False where not even ports are known."""
+    """One frame; `flow` is False where not even the ports are known."""
 
     fate: str = OTHER
     flow: bool = False
