@@ -41,7 +41,6 @@ _ARPHRD_ETHER, _ARPHRD_LOOPBACK = 1, 772
 # PPP, raw IP, ipip, ip6tnl, sit, GRE, GRE over IPv6, none (tun, wireguard): no link header.
 _ARPHRD_L3 = frozenset((512, 519, 768, 769, 776, 778, 823, 65534))
 _RTN_UNICAST, _RTN_LOCAL = 1, 2
-_SCOPE_LINK = 253
 _ETHERTYPE: dict[int, bytes] = {socket.AF_INET: b"\x08\x00", socket.AF_INET6: b"\x86\xdd"}
 _ADDRESS_BYTES: dict[int, int] = {socket.AF_INET: 4, socket.AF_INET6: 16}
 
@@ -75,16 +74,6 @@ class _Neighbour(NamedTuple):
     ifindex: int
     family: int
     address: bytes
-
-
-class Interface(NamedTuple):
-    ifindex: int
-    ifname: str
-    up: bool
-    #: Any but IPv6 link-local ones, which every port of a bridge has, too.
-    has_address: bool
-    arphrd_type: int
-    is_loopback: bool
 
 
 def _is_pinned(entry: Any) -> bool:
@@ -354,44 +343,3 @@ class NextHops:
             f"{who} does not answer {arp} on {hop.ifname}",
             f"is it up, and on this network? see `ip neigh show dev {hop.ifname}`",
         )
-
-
-def local_addresses() -> set[bytes]:
-    """Every address of this host, 16 bytes each, IPv4-mapped for IPv4."""
-    return {
-        rt.from_text(_address_text(entry))
-        for entry in _dump(rt.RTM_GETADDR, rt.codecs().ifaddrmsg())
-    }
-
-
-def interfaces() -> list[Interface]:
-    """Every network interface of this namespace, in the kernel's order."""
-    with_address = {
-        entry["index"]
-        for entry in _dump(rt.RTM_GETADDR, rt.codecs().ifaddrmsg())
-        if not (entry["family"] == socket.AF_INET6 and entry["scope"] == _SCOPE_LINK)
-    }
-    return [
-        Interface(
-            ifindex=entry["index"],
-            ifname=entry.get_attr("IFLA_IFNAME"),
-            up=bool(entry["flags"] & _IFF_UP),
-            has_address=entry["index"] in with_address,
-            arphrd_type=entry["ifi_type"],
-            is_loopback=bool(entry["flags"] & _IFF_LOOPBACK),
-        )
-        for entry in _dump(rt.RTM_GETLINK, rt.codecs().ifinfmsg())
-    ]
-
-
-def _address_text(entry: Any) -> str:
-    # On a point-to-point link IFA_ADDRESS is the other end; IPv6 has IFA_LOCAL only then.
-    return str(entry.get_attr("IFA_LOCAL") or entry.get_attr("IFA_ADDRESS"))
-
-
-def _dump(kind: int, message: Any) -> list[Any]:
-    requests = rt.Requests()
-    try:
-        return requests.ask(kind, rt.NLM_F_DUMP, message)
-    finally:
-        requests.close()

@@ -19,7 +19,7 @@ from pycopy.errors import HostUnfit
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST = 1
 NLM_F_ACK, NLM_F_DUMP, NLM_F_CREATE = 4, 0x300, 0x400
-RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE = 18, 22, 26
+RTM_GETLINK, RTM_GETROUTE = 18, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 _RTMGRP_LINK, _RTMGRP_NEIGH = 0x1, 0x4
 _RTMGRP_IPV4_IFADDR, _RTMGRP_IPV4_ROUTE, _RTMGRP_IPV4_RULE = 0x10, 0x40, 0x80
@@ -43,7 +43,6 @@ class Codecs(NamedTuple):
     rtmsg: type
     ndmsg: type
     ifinfmsg: type
-    ifaddrmsg: type
 
 
 _loaded: Codecs | None = None
@@ -72,7 +71,6 @@ def codecs() -> Codecs:
         package.__path__ = list(spec.submodule_search_locations)
         sys.modules["pyroute2"] = package
     try:
-        from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
         from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
         from pyroute2.netlink.rtnl.ndmsg import ndmsg
         from pyroute2.netlink.rtnl.rtmsg import rtmsg
@@ -80,7 +78,7 @@ def codecs() -> Codecs:
         if not before:
             for name in [name for name in sys.modules if _is_pyroute2(name)]:
                 del sys.modules[name]
-    _loaded = Codecs(rtmsg, ndmsg, ifinfmsg, ifaddrmsg)
+    _loaded = Codecs(rtmsg, ndmsg, ifinfmsg)
     return _loaded
 
 

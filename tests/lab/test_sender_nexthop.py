@@ -429,9 +429,6 @@ def test_a_silent_neighbour_is_resolved_by_asking_the_kernel(lab, hops, family):
     assert hop.source == mapped("10.77.1.1" if family == 4 else "fd77:1::1")
     with lab.inside(lab.near):
         assert hop.ifindex == socket.if_nametoindex("va1")
-        assert mapped("10.77.2.1") in nexthop.local_addresses()
-        found = {interface.ifname: interface for interface in nexthop.interfaces()}
-    assert found["va1"] == (hop.ifindex, "va1", True, True, 1, False)
     assert hops.changed and set(map(id, hops.changed)) == {id(hop)}
 
 
