@@ -19,6 +19,7 @@ class Fate(IntEnum):
     HELD = auto()
     STEERED = auto()  # carried no bytes; told the session something (third handshake ACK)
     DUPLICATE = auto()  # every byte had been captured before
+    OUTSIDE_WINDOW = auto()  # far from the stream: online it was not accepted either
     SAMPLED_OUT = auto()  # -r, -g
     REFUSED_MID_STREAM = auto()  # no SYN seen and -O, or not at a request boundary
     REFUSED_SESSION_LIMIT = auto()

@@ -68,7 +68,7 @@ class PooledAddresses:
 
     def __init__(self, networks: Sequence[Network], excluded: frozenset[bytes]) -> None:
         """``excluded`` are 16-byte addresses never to be used: the targets' own."""
-        self._pools = {
+        self._pools: dict[int, list[Network]] = {
             4: [net for net in networks if net.version == 4],
             6: [net for net in networks if net.version == 6],
         }
@@ -116,9 +116,7 @@ class SelfPorts:
     may keep the old connection in TIME_WAIT for a minute.
     """
 
-    def __init__(
-        self, ports: Sequence[int], source_for: Callable[[bytes], bytes]
-    ) -> None:
+    def __init__(self, ports: Sequence[int], source_for: Callable[[bytes], bytes]) -> None:
         """``ports``: the reserved ones, none in use; ``source_for(target_addr)``: our address."""
         self._ports = ports
         self._source_for = source_for

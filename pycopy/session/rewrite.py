@@ -7,8 +7,13 @@ header bytes. Still no I/O: the caller owns buffer, next hop and socket.
 from pycopy import wire
 from pycopy.abi import ACK, OPT_SACK_PERM, OPT_TIMESTAMPS, OPT_WSCALE, RST, SYN
 from pycopy.seq import MASK
-from pycopy.session import receiving
-from pycopy.session.session import WINDOW_FIELD, Emission, Session
+from pycopy.session.session import Emission, Session
+
+#: The window we offer, scaled as the client's SYN says: nobody reads, so there is always room.
+WINDOW_FIELD = 0xFFFF
+
+#: What fits into 40 bytes of options; wire.py takes fewer beside timestamps (RFC 2018 3).
+MAX_SACK_BLOCKS = 4
 
 
 def options_of(session: Session, flags: int, tsval: int) -> bytes:
@@ -33,7 +38,7 @@ def options_of(session: Session, flags: int, tsval: int) -> bytes:
     if target.early and used & OPT_SACK_PERM:
         blocks = [
             ((target.irs + start) & MASK, (target.irs + end) & MASK)
-            for start, end in target.early[: receiving.MAX_SACK_BLOCKS]
+            for start, end in target.early[:MAX_SACK_BLOCKS]
         ]
         return wire.sack_options(blocks, tsval if timestamps else None, target.ts_recent)
     return wire.data_options(tsval, target.ts_recent) if timestamps else b""
@@ -52,5 +57,3 @@ def write(buffer: bytearray, emission: Emission, flow: wire.Flow, l2: bytes, mtu
     return wire.write_frame(
         buffer, flow, l2, seq, ack, flags, WINDOW_FIELD, options, len(data), mss
     )
-
-

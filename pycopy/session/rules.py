@@ -41,6 +41,8 @@ class Rules:
     #: Held segments and bytes of one session.
     queue_segments: int = 32768
     queue_bytes: int = 64 << 20
+    #: The bytes are divided by this while the process is over its memory limit.
+    short_of_memory: int = 64
     #: A mid-stream connection that speaks within this time of the start may be in the
     #: middle of a request; later ones were silent before, so a request begins.
     join_quiet_ns: int = 200 * MS

@@ -48,11 +48,14 @@ class Host(Protocol):
     def detach(self, session: "Session") -> None:
         """The client's segments are no longer this session's."""
 
-    def linger(self, session: "Session", until_ns: int) -> None:
-        """Keep answering the target until then, and call ``expire``."""
+    def ended(self, session: "Session", outcome: Outcome) -> None:
+        """The session has its outcome; the target may still have something to say."""
 
-    def ended(self, session: "Session") -> None:
-        """The session has its outcome."""
+    def linger(self, session: "Session", until_ns: int) -> None:
+        """Hand it the target's segments until then, and call ``expire``."""
+
+    def forget(self, session: "Session") -> None:
+        """There is nothing more to be done for it."""
 
 
 class Session:
@@ -213,12 +216,8 @@ class Session:
         del queue[:number]
 
     def _drop(self, chunks: list[Chunk], fate: Fate) -> None:
-        fates = self.host.ledger.fates
-        for chunk in chunks:
-            fates[Fate.HELD] -= chunk.records
-            # A FIN or RST without data has done its work: it ends the session.
-            fates[fate if chunk.data else Fate.STEERED] += chunk.records
-            self.online.held_bytes -= len(chunk.data)
+        drop(chunks, fate, self.host.ledger)
+        self.online.held_bytes -= sum(len(chunk.data) for chunk in chunks)
 
     def _on_gap(self, now_ns: int) -> None:
         """Bytes of the client were not captured. Deliver what is whole, and go on behind it."""
@@ -232,22 +231,24 @@ class Session:
             return
         lost = stream.next_request(early)
         rest, online.early = early[lost:], early[:lost]
-        need = early[0].need
-        self.drop_early(Fate.DROPPED_GAP)
         online.held_bytes -= sum(len(chunk.data) for chunk in rest)
-        self.cut_off(Outcome.GAP, need, now_ns)
+        self.cut_off(Outcome.GAP, Fate.DROPPED_GAP, now_ns)
         if rest:
             self.host.reopen(self, _continue(online, rest), now_ns)
 
-    def cut_off(self, why: Outcome, need: int, now_ns: int) -> None:
+    def cut_off(self, why: Outcome, fate: Fate, now_ns: int) -> None:
         """The client's stream ends here, unfinished: what is in order still goes out, then RST."""
         self.host.detach(self)
         online = self.online
-        reset = Chunk(online.snd_nxt, b"", RST, max(need, online.queue_need), now_ns)
+        # What the client had when it sent what we cannot use, it got for what it sent before.
+        need = online.early[0].need if online.early else online.queue_need
+        self.drop_early(fate)
+        reset = Chunk(online.snd_nxt, b"", RST, need, now_ns)
         reset.records = 0
         online.queue.append(reset)
         self.reset_for = why
         self.gap_at = now_ns + self.host.rules.gap_ns
+        self._turn(now_ns)
 
     # -- losing the connection ------------------------------------------------------------
 
@@ -312,22 +313,27 @@ class Session:
             self.move(Event.ABORT)
             # The RST may be lost, or the SYN be answered only now: see arrival.in_closed.
             self.wait(now_ns)
-        self.finish(outcome)
+        self._finish(outcome)
+        if state is State.CLOSED:
+            self.host.forget(self)
 
     def wait(self, now_ns: int) -> None:
-        """TIME_WAIT, or the same after a reset: stay to answer what the target repeats."""
+        """TIME_WAIT, or the like of it after a reset: stay to answer what the target repeats."""
         self.host.linger(self, now_ns + self.host.rules.time_wait_ns)
 
     def expire(self) -> None:
         """The wait is over."""
         if self.state is State.TIME_WAIT:
             self.move(Event.EXPIRED)
-            self.finish(Outcome.CLOSED)
+        if self.outcome is None:
+            self._finish(Outcome.CLOSED)
+        self.host.forget(self)
 
-    def finish(self, outcome: Outcome) -> None:
+    def _finish(self, outcome: Outcome) -> None:
         self.outcome = outcome
-        self.deadline_ns = NEVER
-        self.host.ended(self)
+        self.deadline_ns = self.rto_at = NEVER
+        self.target.flight = []
+        self.host.ended(self, outcome)
 
     # -- clock, state, output -------------------------------------------------------------
 
@@ -378,6 +384,13 @@ def _continue(online: Online, rest: list[Chunk]) -> Online:
     successor.early = rest
     successor.held_bytes = sum(len(chunk.data) for chunk in rest)
     return successor
+
+
+def drop(chunks: list[Chunk], fate: Fate, ledger: Ledger) -> None:
+    """What was held will not be sent. A FIN or RST without data has had its effect already."""
+    for chunk in chunks:
+        ledger.fates[Fate.HELD] -= chunk.records
+        ledger.fates[fate if chunk.data else Fate.STEERED] += chunk.records
 
 
 _LOSS_FATES = {

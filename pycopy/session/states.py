@@ -66,6 +66,10 @@ FIN_IN_FLIGHT = frozenset({State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK})
 MAY_RECEIVE = frozenset({State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2})
 
 
+#: States in which both sides have sent everything, FIN included.
+SAID_ALL = frozenset({State.CLOSING, State.LAST_ACK, State.TIME_WAIT})
+
+
 class Outcome(Enum):
     """How a session ended; the value is the name of its counter in the ledger."""
 

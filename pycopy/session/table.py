@@ -1,14 +1,13 @@
-"""All sessions of a run: lookup, admission, limits, timers.
+"""All sessions of a run: lookup, opening and closing, timers.
 
 Still sans-IO: the driver feeds it segments and the time and takes :attr:`Table.outbox`
 away. A session is found by two keys of 36 bytes (abi.KEY): its connection online and the
-one to the target.
+one to the target. Who may be copied at all is admission.py's business.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from heapq import heappop, heappush
-from zlib import crc32
+from collections.abc import Callable, Iterator, Sequence
+from heapq import heapify, heappop, heappush
 
 from pycopy.abi import (
     ACK,
@@ -25,18 +24,29 @@ from pycopy.abi import (
 from pycopy.ledger import Count, Fate, Ledger, ResponseFate
 from pycopy.seq import MASK
 from pycopy.session.addresses import Addresses
-from pycopy.session.rules import SECOND, Rules
-from pycopy.session.session import Emission, Session
-from pycopy.session.states import FIN_IN_FLIGHT, Outcome, State
-from pycopy.session.views import NEVER, Online, Target
+from pycopy.session.admission import Admission
+from pycopy.session.arrival import MAX_WSCALE, MIN_MSS
+from pycopy.session.rules import MS, SECOND, Rules
+from pycopy.session.session import Emission, Session, drop
+from pycopy.session.states import Outcome, State
+from pycopy.session.views import NEVER, NO_POSITION, Online, Target
 
-#: How often the long limits are looked at.
+#: How often the long limits of all sessions are looked at, and how many in one turn: a
+#: hundred thousand at once would hold up the traffic.
 SWEEP_NS = 5 * SECOND
+SWEEP_STEP_NS = 10 * MS
+SWEEP_SESSIONS = 1000
 
-#: Mid-stream connections watched for the beginning of a request.
-WATCHED_MAX = 65_536
+#: Stale entries that the timer queue may hold before it is cleaned.
+STALE_TIMERS = 4096
+
+#: The MSS of a client that named none: the path decides.
+NO_LIMIT = 0xFFFF
 
 _ALL_OPTIONS = OPT_MSS | OPT_WSCALE | OPT_SACK_PERM | OPT_TIMESTAMPS
+
+#: Outcomes that leave the client in the middle of something: not to be joined there.
+_MID_REQUEST = frozenset({Outcome.GAP, Outcome.QUEUE_FULL, Outcome.TARGET_SILENT})
 
 
 class Table:
@@ -59,15 +69,14 @@ class Table:
         self._addresses = addresses
         self._services = services
         self._path_mss = path_mss
-        self._start_ns = start_ns
+        self._admission = Admission(rules, start_ns)
+        #: (deadline, tie-breaker, session). An entry is stale unless it is the session's
+        #: ``scheduled_ns``.
         self._timers: list[tuple[int, int, Session]] = []
         self._timer_number = 0
         self._lingering: deque[tuple[int, Session]] = deque()
         self._sweep_at = start_ns + SWEEP_NS
-        #: Mid-stream connections not yet joined, and the ack they were first seen with.
-        self._watched: dict[bytes, int] = {}
-        #: With -g: connections that began before their client's turn came.
-        self._left_out: set[bytes] = set()
+        self._sweep: Iterator[Session] = iter(())
 
     # -- segments -------------------------------------------------------------------------
 
@@ -103,11 +112,9 @@ class Table:
         else:
             ledger.responses[session.on_target_segment(seg, now_ns)] += 1
 
-    # -- admission ------------------------------------------------------------------------
+    # -- opening --------------------------------------------------------------------------
 
-    def _on_syn(
-        self, session: Session | None, seg: Segment, payload: bytes, now_ns: int
-    ) -> None:
+    def _on_syn(self, session: Session | None, seg: Segment, payload: bytes, now_ns: int) -> None:
         fates = self.ledger.fates
         if seg.tcp_flags & ACK:
             fates[Fate.STRAY] += 1
@@ -117,19 +124,20 @@ class Table:
                 fates[Fate.DUPLICATE] += 1
                 return
             self._supersede(session, now_ns)
-        refusal = self._refusal(seg.key, now_ns)
+        refusal = self._admission.refuse_new(seg.key, now_ns) or self._limit()
         if refusal is not None:
-            if refusal is Fate.SAMPLED_OUT and self.rules.ramp:
-                self._left_out.add(seg.key)
             fates[refusal] += 1
             return
-        self._left_out.discard(seg.key)
-        self._watched.pop(seg.key, None)
-        online = Online(seg.seq)
-        session = self._open(seg, online, 1, seg.mss, seg.wscale, seg.options, now_ns)
+        mss = max(seg.mss or NO_LIMIT, MIN_MSS)
+        session = self._connect(
+            seg.key, seg.family, seg.service, Online(seg.seq), 1, mss,
+            min(seg.wscale, MAX_WSCALE), seg.options, now_ns,
+        )  # fmt: skip
         if session is None:
             fates[Fate.REFUSED_NO_ADDRESS] += 1
-        elif payload:
+            return
+        session.open(now_ns)
+        if payload:
             # RFC 9293 3.4: data on a SYN follows it in the stream; we send it after the handshake.
             data = seg._replace(seq=(seg.seq + 1) & MASK, tcp_flags=seg.tcp_flags & ~SYN)
             session.on_client_segment(data, payload, now_ns)
@@ -139,73 +147,36 @@ class Table:
     def _on_unknown(self, seg: Segment, payload: bytes, now_ns: int) -> None:
         """A segment of a connection that has no session: join it, or say why not."""
         fates = self.ledger.fates
-        key = seg.key
-        if not payload:
-            if seg.tcp_flags & (FIN | RST):
-                self._watched.pop(key, None)
-                self._left_out.discard(key)
-            fates[Fate.STRAY] += 1
-            return
-        if self.rules.only_full_sessions:
-            fates[Fate.REFUSED_MID_STREAM] += 1
-            return
-        refusal = Fate.SAMPLED_OUT if key in self._left_out else self._refusal(key, now_ns)
-        if refusal is None and not self._at_boundary(seg, now_ns):
-            refusal = Fate.REFUSED_MID_STREAM
+        refusal = self._admission.refuse_midstream(seg, now_ns)
         if refusal is not None:
             fates[refusal] += 1
             return
-        online = Online((seg.seq - 1) & MASK)
-        session = self._open(seg, online, 1, 0, self.rules.join_wscale, _ALL_OPTIONS, now_ns)
+        session = None
+        refusal = self._limit()
+        if refusal is None:
+            session = self._connect(
+                seg.key, seg.family, seg.service, Online((seg.seq - 1) & MASK), 1, NO_LIMIT,
+                self.rules.join_wscale, _ALL_OPTIONS, now_ns,
+            )  # fmt: skip
         if session is None:
-            fates[Fate.REFUSED_NO_ADDRESS] += 1
+            self._admission.watch(seg.key, seg.ack)
+            fates[refusal or Fate.REFUSED_NO_ADDRESS] += 1
             return
         self.ledger.counts[Count.MID_STREAM] += 1
+        session.open(now_ns)
         session.on_client_segment(seg, payload, now_ns)
 
-    def _at_boundary(self, seg: Segment, now_ns: int) -> bool:
-        """A request begins here if the client received something since its last segment,
-        or was silent since we began to look."""
-        first_ack = self._watched.get(seg.key)
-        if first_ack is None:
-            if now_ns - self._start_ns >= self.rules.join_quiet_ns:
-                return True
-            if len(self._watched) >= WATCHED_MAX:
-                self._watched.clear()
-            self._watched[seg.key] = seg.ack
-            return False
-        if seg.ack == first_ack:
-            return False
-        del self._watched[seg.key]
-        return True
-
-    def _refusal(self, key: bytes, now_ns: int) -> Fate | None:
-        """Why no session may be opened for the client of ``key``, or None."""
-        rules = self.rules
-        share = rules.sample_percent
-        if rules.ramp:
-            share = min(share, 1 + (now_ns - self._start_ns) // SECOND)
-        if share < 100 and crc32(key[:16]) % 100 >= share:
-            return Fate.SAMPLED_OUT
-        if self.closed_for is not None:
-            return self.closed_for
-        if len(self.by_target) >= rules.max_sessions:
+    def _limit(self) -> Fate | None:
+        """Why no session may be opened now, whoever the client is."""
+        if self.closed_for is None and len(self.by_target) >= self.rules.max_sessions:
             return Fate.REFUSED_SESSION_LIMIT
-        return None
-
-    def _open(
-        self, seg: Segment, online: Online, start: int, mss: int, wscale: int, options: int,
-        now_ns: int,
-    ) -> Session | None:  # fmt: skip
-        return self._connect(
-            seg.key, seg.family, seg.service, online, start, mss, wscale, options, now_ns
-        )
+        return self.closed_for
 
     def _connect(
         self, key: bytes, family: int, service: int, online: Online, start: int, mss: int,
         wscale: int, options: int, now_ns: int,
     ) -> Session | None:  # fmt: skip
-        """Open a session whose first byte is position ``start``; None: no address is free."""
+        """Make a session whose first byte is position ``start``; None: no address is free."""
         target_addr, target_port = self._services[service]
         client_addr, _, client_port, _ = KEY.unpack(key)
         target_key = self._addresses.allocate(
@@ -213,16 +184,16 @@ class Table:
         )
         if target_key is None:
             return None
-        limit = self._path_mss(target_addr)
-        target = Target(online.iss, start, min(mss or limit, limit), self.rules.rto_initial_ns)
+        mss = min(mss, self._path_mss(target_addr))
+        target = Target(online.iss, start, mss, self.rules.rto_initial_ns)
         target.options = options
         target.rcv_wscale = wscale
         session = Session(self, key, target_key, family, service, online, target, now_ns)
         self.by_online[key] = session
         self.by_target[target_key] = session
+        self._admission.over(key)
         self.ledger.counts[Count.SESSIONS] += 1
         self.on_claim(target_key)
-        session.open(now_ns)
         return session
 
     def _is_free(self, target_key: bytes) -> bool:
@@ -230,71 +201,77 @@ class Table:
         session = self.by_target.get(target_key)
         if session is None:
             return True
-        if session.state is State.TIME_WAIT:
-            session.expire()
-            return True
-        return False
+        if session.outcome is None and session.state is not State.TIME_WAIT:
+            return False
+        session.expire()
+        return True
 
     def _supersede(self, session: Session, now_ns: int) -> None:
         """The client uses its port for a new connection while we still hold the old one."""
-        if session.online.fin_pos >= 0 or session.state in FIN_IN_FLIGHT:
-            del self.by_online[session.key]  # it was closed; let it finish on its own
+        if session.online.fin_pos != NO_POSITION:
+            self.detach(session)  # it was closed; let it finish on its own
         else:
-            session.end(Outcome.SUPERSEDED, Fate.DROPPED_SUPERSEDED, now_ns)
+            session.cut_off(Outcome.SUPERSEDED, Fate.DROPPED_SUPERSEDED, now_ns)
 
     # -- what sessions ask of their host -----------------------------------------------------
 
     def schedule(self, session: Session) -> None:
-        """Wake ``session`` at its deadline. Stale entries are skipped when they come up."""
+        """Wake ``session`` at its deadline."""
         session.scheduled_ns = session.deadline_ns
         self._timer_number += 1
         heappush(self._timers, (session.deadline_ns, self._timer_number, session))
+        if len(self._timers) > 2 * len(self.by_target) + STALE_TIMERS:
+            self._timers = [each for each in self._timers if each[0] == each[2].scheduled_ns]
+            heapify(self._timers)
 
-    def linger(self, session: Session, until_ns: int) -> None:
-        """Keep ``session`` in TIME_WAIT until then."""
-        self._lingering.append((until_ns, session))
-
-    def reopen(self, session: Session, now_ns: int) -> None:
-        """The target closed early: what the client still sends goes over a new connection."""
-        online, old = session.online, session.target
-        first = online.queue[0]
-        session.online = Online(online.iss)
-        session.online.fin_pos = 0
-        if session.state is State.CLOSED:
-            session.end(session.lost_to, Fate.DROPPED_TARGET_RESET, now_ns)
-        else:
-            session.close(now_ns)
-        successor = self._connect(
-            session.key, session.family, session.service, online, first.pos, old.mss,
-            old.rcv_wscale, old.options, now_ns,
-        )  # fmt: skip
+    def reopen(self, session: Session, online: Online, now_ns: int) -> None:
+        """Send ``online``, what is left of the client's stream, over a new connection."""
+        old, refusal, successor = session.target, self._limit(), None
+        start = online.queue[0].pos if online.queue else online.snd_nxt
+        if refusal is None:
+            # What the first connection negotiated is what this target can do.
+            successor = self._connect(
+                session.key, session.family, session.service, online, start, old.mss,
+                old.rcv_wscale, old.options, now_ns,
+            )  # fmt: skip
         if successor is None:
-            self._drop(online, Fate.REFUSED_NO_ADDRESS)
+            drop(online.queue + online.early, refusal or Fate.REFUSED_NO_ADDRESS, self.ledger)
+            self._watch(session.key, online)
             return
-        successor.target.need_base = first.need
-        successor.gap_at = session.gap_at
-        session.gap_at = NEVER
         self.ledger.counts[Count.REOPENED] += 1
+        successor.ripen()
+        successor.target.need_base = online.queue[0].need
+        if online.early:
+            successor.gap_at = now_ns + self.rules.gap_ns
+        successor.open(now_ns)
 
-    def _drop(self, online: Online, fate: Fate) -> None:
-        dropped = sum(chunk.records for chunk in online.queue) + len(online.early)
-        self.ledger.fates[Fate.HELD] -= dropped
-        self.ledger.fates[fate] += dropped
+    def _watch(self, key: bytes, online: Online) -> None:
+        """The client goes on; join it again when its next request begins."""
+        self._admission.watch(key, (online.rcv_nxt + (online.irs or 0)) & MASK)
 
-    def ended(self, session: Session) -> None:
-        """Forget ``session``."""
-        if session.outcome is not None:
-            self.ledger.outcomes[session.outcome] += 1
+    def detach(self, session: Session) -> None:
+        """The client's segments are no longer this session's."""
         if self.by_online.get(session.key) is session:
             del self.by_online[session.key]
-            if session.outcome is Outcome.GAP:
-                # The client goes on; join it again when its next request begins.
-                self._watched[session.key] = (
-                    session.online.rcv_nxt + (session.online.irs or 0)
-                ) & MASK
+
+    def linger(self, session: Session, until_ns: int) -> None:
+        """Hand it the target's segments until then, and call ``expire``."""
+        self._lingering.append((until_ns, session))
+
+    def ended(self, session: Session, outcome: Outcome) -> None:
+        """Count its outcome; its client is unknown from now on."""
+        self.ledger.outcomes[outcome] += 1
+        session.scheduled_ns = NEVER
+        if self.by_online.get(session.key) is session:
+            del self.by_online[session.key]
+            if outcome in _MID_REQUEST and session.online.fin_pos == NO_POSITION:
+                self._watch(session.key, session.online)
+
+    def forget(self, session: Session) -> None:
+        """There is nothing more to be done for it."""
         if self.by_target.get(session.target_key) is session:
             del self.by_target[session.target_key]
-        self.on_release(session.target_key)
+            self.on_release(session.target_key)
 
     # -- time -----------------------------------------------------------------------------
 
@@ -311,24 +288,34 @@ class Table:
         """Run every timer that is due."""
         timers = self._timers
         while timers and timers[0][0] <= now_ns:
-            _, _, session = heappop(timers)
-            session.scheduled_ns = NEVER
-            if session.outcome is not None:
+            due_ns, _, session = heappop(timers)
+            if due_ns != session.scheduled_ns:
                 continue
+            session.scheduled_ns = NEVER
             if session.deadline_ns <= now_ns:
                 session.on_timer(now_ns)
             elif session.deadline_ns < NEVER:
                 self.schedule(session)
+            timers = self._timers
         lingering = self._lingering
         while lingering and lingering[0][0] <= now_ns:
             session = lingering.popleft()[1]
-            if session.outcome is None:
+            if self.by_target.get(session.target_key) is session:
                 session.expire()
         if now_ns >= self._sweep_at:
-            self._sweep_at = now_ns + SWEEP_NS
-            for session in list(self.by_target.values()):
-                if session.outcome is None:
-                    session.on_sweep(now_ns)
+            self._sweep_some(now_ns)
+
+    def _sweep_some(self, now_ns: int) -> None:
+        """Look at the long limits of some sessions, and come back for more."""
+        for _ in range(SWEEP_SESSIONS):
+            session = next(self._sweep, None)
+            if session is None:
+                self._sweep = iter(list(self.by_target.values()))
+                self._sweep_at = now_ns + SWEEP_NS
+                return
+            if session.outcome is None:
+                session.on_sweep(now_ns)
+        self._sweep_at = now_ns + SWEEP_STEP_NS
 
     def busy(self) -> int:
         """Sessions that still have something to bring to the target."""
@@ -341,4 +328,6 @@ class Table:
     def end_all(self, now_ns: int) -> None:
         """The run ends: reset what is open, so that the target is left with nothing half done."""
         for session in list(self.by_target.values()):
-            session.end(Outcome.RUN_ENDED, Fate.DROPPED_RUN_ENDED, now_ns)
+            if session.outcome is None and session.state is not State.TIME_WAIT:
+                session.end(Outcome.RUN_ENDED, Fate.DROPPED_RUN_ENDED, now_ns)
+            session.expire()
