@@ -173,7 +173,7 @@ class Intercept:
     def _tap(self, hook: Hook, l2_bytes: int) -> Tap:
         """One program for all devices of one kind at one hook."""
         for tap in self._taps:
-            if (tap.hook, tap.link_bytes) == (hook, l2_bytes):
+            if (tap.hook, tap.l2_bytes) == (hook, l2_bytes):
                 return tap
         config = self._config
         module = loader.load(
