@@ -15,24 +15,20 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from pycopy import daemon, guards, selfports
+from pycopy import daemon, selfports
 from pycopy.abi import CaptureCount, InterceptCount, Segment
 from pycopy.attach import Hook
 from pycopy.channel import Count as ChannelCount
-from pycopy.channel import Hello, InterceptClient, Range
+from pycopy.channel import Hello, InterceptClient
+from pycopy.claims import range_of
 from pycopy.config import ReplayConfig, endpoint
+from pycopy.devices import find_devices
 from pycopy.egress import Egress
 from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
 from pycopy.ledger import Fate, Ledger
 from pycopy.loop import READ, Loop
-from pycopy.nexthop import NextHops, local_addresses
-from pycopy.session.addresses import (
-    Addresses,
-    KeptAddresses,
-    PooledAddresses,
-    SelfPorts,
-    mapped,
-)
+from pycopy.nexthop import NextHops
+from pycopy.session.addresses import Addresses, KeptAddresses, PooledAddresses, SelfPorts
 from pycopy.session.rules import SECOND, Rules
 from pycopy.session.table import Table
 from pycopy.signals import Signals
@@ -132,19 +128,14 @@ class Replay:
         ifnames = sorted({self._hops.resolve(addr).ifname for addr, _ in self._targets})
         ring_bytes = min(self.config.ring_bytes, RESPONSE_RING_BYTES)
         self._intercepts = live.self_intercept(
-            ifnames, self._targets, self._self_ports, ring_bytes
+            find_devices(ifnames), self._targets, self._self_ports, ring_bytes
         )
         for tap in self._intercepts:
             self._loop.add(tap.ring.fileno(), READ, partial(self._on_response_ring, tap))
 
     def _connect_intercepts(self) -> None:
         config = self.config
-        ranges = tuple(
-            Range(
-                mapped(net.network_address), net.prefixlen + (96 if net.version == 4 else 0)
-            )
-            for net in config.client_pool
-        )
+        ranges = tuple(map(range_of, config.client_pool))
         hello = Hello(random.getrandbits(64), ranges)
         for address in config.intercepts:
             client = InterceptClient(
@@ -163,9 +154,9 @@ class Replay:
     def _capture(self) -> None:
         config = self.config
         services = [(each.online_addr, each.online_port) for each in config.services]
-        ifnames = config.interfaces or live.default_interfaces(services)
+        devices = find_devices(config.interfaces)
         hook = Hook.XDP if config.hook == "xdp" else Hook.TC_INGRESS
-        self._captures = live.capture(ifnames, services, hook, config.filter, config.ring_bytes)
+        self._captures = live.capture(devices, services, hook, config.filter, config.ring_bytes)
         for tap in self._captures:
             self._loop.add(tap.ring.fileno(), READ, partial(self._on_capture_ring, tap))
             for attachment in tap.attachments:
@@ -375,9 +366,6 @@ def _sum(taps: list[Tap], number: int) -> list[int]:
 
 def run(config: ReplayConfig) -> int:
     """Run until stopped; return the exit status. Raises PycopyError when start-up fails."""
-    guards.check_privileges()
-    guards.check_interfaces(config.interfaces)
-    guards.check_targets(config.services, local_addresses(), config.allow_public_target)
     replay = Replay(config)
     view = View(replay.snapshot, config.interval_s, config.quiet, config.json)
     try:
