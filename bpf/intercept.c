@@ -100,9 +100,11 @@ static __always_inline u32 claim_of(struct pycopy_packet *packet)
 	u32 *claim;
 	int zero = 0;
 
+	/* Ours to the replays.  The other direction comes to an address of this
+	 * host, which the claims pass; its port could be any client's own.
+	 */
 	if (PYCOPY_CHANNEL_PORT && packet->ports_known &&
-	    (packet->tcp.src_port == htons(PYCOPY_CHANNEL_PORT) ||
-	     packet->tcp.dst_port == htons(PYCOPY_CHANNEL_PORT)))
+	    packet->tcp.src_port == htons(PYCOPY_CHANNEL_PORT))
 		return PYCOPY_PASS;
 	claim = find_claim(packet);
 	if (!claim)

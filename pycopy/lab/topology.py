@@ -39,6 +39,7 @@ _STATE_DIR = Path("/run/pycopy-lab")
 _NETNS_DIR = Path("/run/netns")
 _CLONE_NEWNET = 0x40000000
 _SCOPE_LINK = 253
+_PR_SET_PDEATHSIG = 1
 
 #: Reverse path filters drop copies that carry a client's address, redirects would lead the
 #: target's responses past the assistant, and router and address noise costs determinism.
@@ -72,6 +73,10 @@ def _setns(fd: int) -> None:
     if _libc.setns(fd, _CLONE_NEWNET) < 0:
         errno = ctypes.get_errno()
         raise OSError(errno, f"setns: {os.strerror(errno)}")
+
+
+def _end_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
 def require_root() -> None:
@@ -282,13 +287,15 @@ class Lab:
         """Start ``argv`` on ``role`` in a process group of its own, recorded for ``down``.
 
         ``ip netns exec`` becomes the command without a fork, so that the pid is the
-        command's, and gives it a /sys that shows the namespace's own devices.
+        command's, and gives it a /sys that shows the namespace's own devices. It is told
+        to end when its starter dies, whatever killed that. Call this from the main thread.
         """
         command = ["ip", "netns", "exec", self.namespace(role), *argv]
         child: subprocess.Popen[bytes] = subprocess.Popen(
             command,
             env=environment(),
             start_new_session=True,
+            preexec_fn=_end_with_parent,
             **options,  # type: ignore[call-overload]
         )
         self._children.append(child)

@@ -176,8 +176,8 @@ def test_the_channel_is_never_swallowed(hook):
     program.set_default(SWALLOW)
     for dst in (CLIENT, CLIENT6):
         assert program.run(response(dst, sport=CHANNEL)) == PAST
-        assert program.run(response(dst, dport=CHANNEL)) == PAST
-        swallowed(program, response(dst))
+        # A client's own port may have that number.
+        swallowed(program, response(dst, dport=CHANNEL))
     program.close()
 
 

@@ -188,15 +188,22 @@ def test_down_ends_what_was_started_inside_even_from_another_process():
         lab.down()
 
 
-def test_a_lab_whose_builder_was_killed_is_built_anew():
+def test_a_lab_whose_builder_was_killed_ends_its_processes_and_is_built_anew():
     name = unique("stale")
     code = (
         "import os, signal; from pycopy.lab.topology import Lab\n"
-        f"with Lab({name!r}): os.kill(os.getpid(), signal.SIGKILL)"
+        f"with Lab({name!r}) as lab:\n"
+        "    lab.popen('client', ['sleep', '97'])\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
     )
     try:
         assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
         assert Lab(name).exists()
+        (pid,) = (Lab(name).state_dir / "processes").read_text().split()[:1]
+        deadline = time.monotonic() + 2
+        while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not os.path.exists(f"/proc/{pid}")
         with Lab(name) as lab:
             assert connects(lab, "client", "online", 4, 80) is False
     finally:

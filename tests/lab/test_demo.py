@@ -1,0 +1,67 @@
+"""``pycopy demo`` as a user runs it, cut short; and what is left when it is interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pycopy import demo
+from pycopy.lab.topology import Lab, environment
+
+DEMO = [sys.executable, "-m", "pycopy", "demo", "--requests", "211", "--connections", "23"]
+
+
+def test_every_placement_in_one_table():
+    result = subprocess.run(
+        [*DEMO, "--family", "4"], capture_output=True, text=True, timeout=50, env=environment()
+    )
+    assert result.returncode == 0, result.stderr
+    heading, *rows = result.stdout.splitlines()
+    assert heading.split() == " ".join(demo.HEADINGS).split()
+    assert [row.split()[:6] for row in rows] == [
+        [placement, "IPv4", "211", "211", "0", "yes"]
+        for placement in ("self", "target", "assistant")
+    ]
+    assert "0 lost" in result.stderr
+    assert not Lab(demo.NAME).exists()
+
+
+def test_the_table_as_json():
+    result = subprocess.run(
+        [*DEMO, "--placement", "self", "--family", "6", "--json"],
+        capture_output=True, text=True, timeout=50, env=environment(),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(result.stdout)
+    assert (row["placement"], row["family"], row["target"], row["lost"]) == ("self", 6, 211, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+def test_an_interrupted_demonstration_leaves_nothing(number):
+    child = subprocess.Popen(
+        [*DEMO[:-4], "--placement", "self"], env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    lab = Lab(demo.NAME)
+    record = lab.state_dir / "processes"
+    try:
+        deadline = time.monotonic() + 20
+        # Two servers, replay and the load: in full flow.
+        while not record.exists() or len(record.read_text().splitlines()) < 4:
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        inside = [int(line.split()[0]) for line in record.read_text().splitlines()]
+        child.send_signal(number)
+        assert child.wait(timeout=20) != 0
+        assert not lab.exists()
+        for pid in inside:
+            assert not os.path.exists(f"/proc/{pid}")
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+            lab.down()
