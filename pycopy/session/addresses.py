@@ -15,8 +15,10 @@ from pycopy.abi import KEY
 
 IsFree = Callable[[bytes], bool]
 
-#: Ports tried before a pool member or a client address is given up.
+#: Ports tried before a pool member or a client address is given up, and members tried:
+#: what is exhausted must not slow down everything else.
 TRIES = 256
+MEMBERS = 8
 
 #: Replacement ports lie above the well-known and registered services.
 PORT_LO, PORT_HI = 10_000, 65_535
@@ -47,12 +49,17 @@ def _next_free(
 
 
 class KeptAddresses:
-    """The client's own address and port; another port only when that pair is taken."""
+    """The client's own address and port; another port only when that pair is taken.
+
+    A client of the other IP version than the target has no address to keep.
+    """
 
     def allocate(
         self, client_addr: bytes, client_port: int, target_addr: bytes, target_port: int,
         is_free: IsFree,
     ) -> bytes | None:  # fmt: skip
+        if family_of(client_addr) != family_of(target_addr):
+            return None
         key = KEY.pack(client_addr, target_addr, client_port, target_port)
         if is_free(key):
             return key
@@ -79,7 +86,7 @@ class PooledAddresses:
         is_free: IsFree,
     ) -> bytes | None:  # fmt: skip
         start = crc32(client_addr)
-        for attempt in range(TRIES):
+        for attempt in range(MEMBERS):
             source = self._member(target_addr, start + attempt)
             if source is None:
                 return None
@@ -129,12 +136,11 @@ class SelfPorts:
         source = self._source_for(target_addr)
         ports, target = self._ports, (target_addr, target_port)
         position = self._next.get(target, 0)
-        for _ in range(len(ports)):
-            port = ports[position]
+        for _ in range(min(len(ports), TRIES)):
+            key = KEY.pack(source, target_addr, ports[position], target_port)
             position = (position + 1) % len(ports)
-            key = KEY.pack(source, target_addr, port, target_port)
+            self._next[target] = position
             if is_free(key):
-                self._next[target] = position
                 return key
         return None
 

@@ -9,9 +9,10 @@ from zlib import crc32
 
 from pycopy.abi import FIN, RST, Segment
 from pycopy.ledger import Fate
+from pycopy.seq import lt
 from pycopy.session.rules import SECOND, Rules
 
-#: Connections remembered, for each of the two reasons.
+#: Connections remembered, for each of the three reasons.
 REMEMBERED_MAX = 65_536
 
 #: The client's address comes first in a connection key (abi.KEY).
@@ -30,6 +31,8 @@ class Admission:
         self._watched: dict[bytes, int] = {}
         #: With -g: connections that began before their client's turn came.
         self._left_out: dict[bytes, None] = {}
+        #: Connections that were copied, and the client's sequence number behind their end.
+        self._ended: dict[bytes, int] = {}
 
     def sampled_out(self, key: bytes, now_ns: int) -> bool:
         """-r and -g: by a stable hash of the client's address."""
@@ -55,8 +58,12 @@ class Admission:
         key = seg.key
         if not seg.payload_bytes or seg.tcp_flags & RST:
             if seg.tcp_flags & (FIN | RST):
-                self.over(key)
+                self._watched.pop(key, None)
+                self._left_out.pop(key, None)
             return Fate.STRAY
+        end = self._ended.get(key)
+        if end is not None and lt(seg.seq, end):
+            return Fate.DUPLICATE  # of a session that is over: the client had no ACK for it
         if self._rules.only_full_sessions:
             return Fate.REFUSED_MID_STREAM
         if key in self._left_out or self.sampled_out(key, now_ns):
@@ -78,10 +85,15 @@ class Admission:
         """A request is under way that cannot be copied whole; ``ack`` is the client's latest."""
         _remember(self._watched, key, ack)
 
+    def ended(self, key: bytes, end: int) -> None:
+        """A session is over; ``end`` is the client's sequence number behind its last byte."""
+        _remember(self._ended, key, end)
+
     def over(self, key: bytes) -> None:
         """What was seen of this connection does not matter any more."""
         self._watched.pop(key, None)
         self._left_out.pop(key, None)
+        self._ended.pop(key, None)
 
 
 def _remember(memory: dict[bytes, _Value], key: bytes, value: _Value) -> None:

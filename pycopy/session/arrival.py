@@ -13,7 +13,7 @@ from pycopy.seq import MASK, diff
 from pycopy.session import receiving, recovery, release
 from pycopy.session.rules import MS
 from pycopy.session.states import FIN_IN_FLIGHT, MAY_RECEIVE, SAID_ALL, Event, Outcome, State
-from pycopy.session.views import NEVER, Chunk, Target, unwrap
+from pycopy.session.views import NEVER, Target, unwrap
 
 if TYPE_CHECKING:
     from pycopy.session.session import Session
@@ -44,16 +44,17 @@ def in_syn_sent(session: "Session", seg: Segment, now_ns: int) -> ResponseFate:
     target, flags = session.target, seg.tcp_flags
     if not flags & ACK:
         return ResponseFate.UNACCEPTABLE
-    if unwrap(target.snd_una, target.iss, seg.ack) != target.snd_nxt:
-        if not flags & RST:
-            # The target has an old connection here: reset it, and repeat the SYN soon.
-            session.emit_raw(RST, seg.ack, 0, b"", now_ns)
-            session.rto_at = min(session.rto_at, now_ns + session.host.rules.delayed_ack_ns)
-        return ResponseFate.UNACCEPTABLE
+    acceptable = unwrap(target.snd_una, target.iss, seg.ack) == target.snd_nxt
     if flags & RST:
+        if not acceptable:
+            return ResponseFate.UNACCEPTABLE
         session.lose(Outcome.TARGET_REFUSED, now_ns)
         return ResponseFate.STEERED
-    if not flags & SYN:
+    if not acceptable or not flags & SYN:
+        # The target has an old connection here, which may even be in TIME_WAIT with the number
+        # we begin with. RFC 9293 3.10.7.3: reset it; and repeat the SYN soon.
+        session.emit_raw(RST, seg.ack, 0, b"", now_ns)
+        session.rto_at = min(session.rto_at, now_ns + session.host.rules.delayed_ack_ns)
         return ResponseFate.UNACCEPTABLE
     _establish(session, seg, now_ns)
     return ResponseFate.STEERED
@@ -113,7 +114,7 @@ def _on_reset(session: "Session", pos: int, now_ns: int) -> ResponseFate:
     if session.state in SAID_ALL and target.snd_nxt - target.snd_una <= 1:
         # Both have sent all they had, at most our FIN is not acknowledged.
         session.move(Event.RESET)
-        session.expire()
+        session.closed(now_ns)
     else:
         session.lose(Outcome.TARGET_RESET, now_ns)
     return ResponseFate.STEERED
@@ -158,15 +159,17 @@ def _advance(session: "Session", ack: int, seg: Segment, now_ns: int) -> None:
     acked_bytes = ack - target.snd_una
     target.snd_una = ack
     done = 0
+    repaired = False
     for chunk in flight:
         if chunk.end > ack:
             if chunk.pos < ack:
                 chunk.trim_front(ack)
                 chunk.boundary = False
             break
+        repaired = repaired or chunk.resent
         done += 1
     if done:
-        _measure(session, seg, flight[done - 1], now_ns)
+        _measure(session, seg, flight[done - 1].sent_ns, repaired, now_ns)
         del flight[:done]
     recovery.on_new_ack(target, acked_bytes)
     session.progress_ns = now_ns
@@ -175,16 +178,20 @@ def _advance(session: "Session", ack: int, seg: Segment, now_ns: int) -> None:
     if not flight and session.state in FIN_IN_FLIGHT:
         session.move(Event.FIN_ACKED)
         if session.state is State.CLOSED:
-            session.expire()
+            session.closed(now_ns)
         elif session.state is State.TIME_WAIT:
             session.wait(now_ns)
 
 
-def _measure(session: "Session", seg: Segment, last: Chunk, now_ns: int) -> None:
-    """A round trip is over: of a segment sent once (Karn), else by timestamps (RFC 7323 4.1)."""
+def _measure(session: "Session", seg: Segment, sent_ns: int, repaired: bool, now_ns: int) -> None:
+    """A round trip is over: of a segment sent once (Karn), else by timestamps (RFC 7323 4.1).
+
+    ``repaired``: some of what is acknowledged was sent again. Then even a segment sent once
+    may have waited behind it for long, and its time says nothing about the path.
+    """
     target, rules = session.target, session.host.rules
-    rtt_ns = now_ns - last.sent_ns
-    if last.resent:
+    rtt_ns = now_ns - sent_ns
+    if repaired:
         if not target.options & OPT_TIMESTAMPS:
             return
         now_ms = now_ns // MS + rules.timestamp_origin
@@ -204,7 +211,7 @@ def _on_payload(session: "Session", seg: Segment, pos: int, now_ns: int) -> Resp
         end += 1
     early_before = target.early
     moved = receiving.receive(target, pos, end)
-    if receiving.must_ack_now(target) or not moved:
+    if receiving.must_ack_now(target, early_before) or not moved:
         session.ack_at = now_ns
     elif session.ack_at == NEVER:
         session.ack_at = now_ns + session.host.rules.delayed_ack_ns

@@ -6,7 +6,7 @@ we do not acknowledge: the original skips holes and can acknowledge bytes that t
 never got to us. Works on :class:`~pycopy.session.views.Target` only.
 """
 
-from pycopy.session.views import NO_POSITION, Target
+from pycopy.session.views import NO_POSITION, Ranges, Target
 
 #: What is received beyond so many gaps is not kept: the target has to repeat it.
 MAX_RANGES = 64
@@ -49,8 +49,11 @@ def _remember(target: Target, pos: int, end: int) -> None:
         target.early = ((pos, end), *others)
 
 
-def must_ack_now(target: Target) -> bool:
+def must_ack_now(target: Target, early_before: Ranges) -> bool:
     """RFC 5681 4.2: at least every second full-sized segment, at once around a gap or FIN."""
-    if target.early or target.rcv_nxt - target.rcv_acked >= 2 * target.smss:
-        return True
-    return target.fin_pos != NO_POSITION
+    return bool(
+        target.early
+        or early_before
+        or target.rcv_nxt - target.rcv_acked >= 2 * target.smss
+        or target.fin_pos != NO_POSITION
+    )

@@ -31,8 +31,8 @@ def target_is_over(target: Target) -> bool:
 
 def quiet_deadline_ns(target: Target, rules: Rules, since_ns: int) -> int:
     """Rule 3: when a silence that began ``since_ns`` has lasted long enough, or NEVER."""
-    if target.snd_una != target.snd_nxt or target.rcv_nxt <= target.answered:
-        return NEVER
+    if target.snd_una != target.snd_nxt or target.rcv_nxt <= target.answered or target.early:
+        return NEVER  # not all received, not answered, or the answer has a hole
     wait_ns = 4 * target.srtt_ns
     return since_ns + min(max(wait_ns, rules.quiet_ns), rules.quiet_max_ns)
 

@@ -26,6 +26,8 @@ class Rules:
     #: How long bytes missing from the capture are waited for. A client's own
     #: retransmission comes after at least 200 ms and backs off exponentially.
     gap_ns: int = 10 * SECOND
+    #: Something waits for an answer: ask whether the connection is still there (RFC 9293 3.8.4).
+    keepalive_ns: int = 15 * SECOND
     #: -t: something waits for the target and it stays silent.
     response_idle_ns: int = 600 * SECOND
     #: -k: nothing waits and nothing happens.

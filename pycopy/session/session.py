@@ -8,7 +8,7 @@ order. A session that loses its connection early does not open another: the host
 (``reopen``), since a connection is what a session is.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pycopy.abi import ACK, FIN, RST, SYN, Segment
 from pycopy.ledger import Fate, Ledger, ResponseFate
@@ -97,8 +97,8 @@ class Session:
         #: Consecutive timeouts without any progress.
         self.attempts = 0
         #: The sender's own: constant header parts and next hop.
-        self.flow: object = None
-        self.hop: object = None
+        self.flow: Any = None
+        self.hop: Any = None
 
     # -- in ---------------------------------------------------------------------------
 
@@ -115,16 +115,19 @@ class Session:
         """Take in a captured segment of the client; any but the SYN that opened the session."""
         self.last_client_ns = now_ns
         online = self.online
-        flags = seg.tcp_flags
+        flags, acked = seg.tcp_flags, online.rcv_nxt
         if flags & ACK:
             if online.irs is None:
                 online.irs = (seg.ack - 1) & MASK
-            acked = unwrap(online.rcv_nxt, online.irs, seg.ack)
+            acked = unwrap(acked, online.irs, seg.ack)
             if acked > online.rcv_nxt:
                 online.rcv_nxt = acked
+            elif acked < 1 and not flags & RST:
+                acked = self._count_from(acked)
         if payload or flags & (FIN | RST):
+            # Its own ack: a later segment with a higher one may have been captured first.
             pos = unwrap(online.snd_nxt, online.iss, seg.seq)
-            self._take(Chunk(pos, payload, flags, online.rcv_nxt - 1, seg.time_ns), now_ns)
+            self._take(Chunk(pos, payload, flags, acked - 1, seg.time_ns), now_ns)
         else:
             self.host.ledger.fates[Fate.STEERED] += 1
         self._turn(now_ns)
@@ -151,11 +154,15 @@ class Session:
 
     def on_sweep(self, now_ns: int) -> None:
         """Check the long limits (-t, -k); called every few seconds."""
-        rules = self.host.rules
-        waiting = self.target.flight or self.online.queue
+        rules, target = self.host.rules, self.target
+        waiting = target.flight or self.online.queue
         if waiting:
-            if now_ns - max(self.progress_ns, waiting[0].time_ns) >= rules.response_idle_ns:
+            silent_ns = now_ns - max(self.progress_ns, waiting[0].time_ns)
+            if silent_ns >= rules.response_idle_ns:
                 self.end(Outcome.TARGET_SILENT, Fate.DROPPED_TARGET_SILENT, now_ns)
+            elif silent_ns >= rules.keepalive_ns and not target.flight:
+                # Is the target still thinking, or did its answer and its RST get lost?
+                self.emit(0, target.snd_una - 1, b"", now_ns)
             return
         last_ns = self.last_client_ns
         if self.state is not State.FIN_WAIT_2:
@@ -196,6 +203,23 @@ class Session:
         if held > rules.queue_segments or online.held_bytes > bytes_allowed:
             self.end(Outcome.QUEUE_FULL, Fate.DROPPED_QUEUE_FULL, now_ns)
 
+    def _count_from(self, acked: int) -> int:
+        """The first ACK captured was not the first one sent, so the ISN of the online server is
+        lower than it seemed, and every count of response bytes higher. Return ``acked`` anew.
+        """
+        online, shift = self.online, 1 - acked
+        if shift > stream.HORIZON_BYTES or online.irs is None:
+            return acked
+        online.irs = (online.irs - shift) & MASK
+        online.rcv_nxt += shift
+        if online.queue_need >= 0:
+            online.queue_need += shift
+        for chunk in online.queue + online.early:
+            chunk.need += shift
+        if self.target.need_base:
+            self.target.need_base += shift
+        return 1
+
     def ripen(self) -> None:
         """Move what is no longer early to the queue."""
         fates = self.host.ledger.fates
@@ -220,34 +244,24 @@ class Session:
         self.online.held_bytes -= sum(len(chunk.data) for chunk in chunks)
 
     def _on_gap(self, now_ns: int) -> None:
-        """Bytes of the client were not captured. Deliver what is whole, and go on behind it."""
+        """Bytes of the client were not captured. Deliver what is whole, and go on behind them."""
         online, early = self.online, self.online.early
-        if not early:
-            # The second time. The RST at the end of the queue still waits for an answer.
-            if online.queue and online.queue[0].flags & RST:
-                self.end(self.reset_for, Fate.DROPPED_GAP, now_ns)
-            else:
-                self.gap_at = now_ns + self.host.rules.gap_ns
-            return
         lost = stream.next_request(early)
-        rest, online.early = early[lost:], early[:lost]
-        online.held_bytes -= sum(len(chunk.data) for chunk in rest)
+        online.early = early[:lost]
+        successor = stream.resume(online, early[lost:])
         self.cut_off(Outcome.GAP, Fate.DROPPED_GAP, now_ns)
-        if rest:
-            self.host.reopen(self, _continue(online, rest), now_ns)
+        self.host.reopen(self, successor, now_ns)
 
     def cut_off(self, why: Outcome, fate: Fate, now_ns: int) -> None:
         """The client's stream ends here, unfinished: what is in order still goes out, then RST."""
         self.host.detach(self)
         online = self.online
-        # What the client had when it sent what we cannot use, it got for what it sent before.
-        need = online.early[0].need if online.early else online.queue_need
         self.drop_early(fate)
-        reset = Chunk(online.snd_nxt, b"", RST, need, now_ns)
+        reset = Chunk(online.snd_nxt, b"", RST, online.queue_need, now_ns)
         reset.records = 0
         online.queue.append(reset)
         self.reset_for = why
-        self.gap_at = now_ns + self.host.rules.gap_ns
+        self.gap_at = NEVER
         self._turn(now_ns)
 
     # -- losing the connection ------------------------------------------------------------
@@ -311,21 +325,23 @@ class Session:
             if state is not State.SYN_SENT and state is not State.TIME_WAIT:
                 self.emit(RST, self.target.snd_nxt, b"", now_ns)
             self.move(Event.ABORT)
-            # The RST may be lost, or the SYN be answered only now: see arrival.in_closed.
-            self.wait(now_ns)
         self._finish(outcome)
-        if state is State.CLOSED:
-            self.host.forget(self)
+        # The RST may be lost, or the SYN be answered only now: see arrival.in_closed.
+        self.wait(now_ns)
 
     def wait(self, now_ns: int) -> None:
         """TIME_WAIT, or the like of it after a reset: stay to answer what the target repeats."""
         self.host.linger(self, now_ns + self.host.rules.time_wait_ns)
 
+    def closed(self, now_ns: int) -> None:
+        """Both sides have closed, and the target may not be aware of it yet."""
+        self._finish(Outcome.CLOSED)
+        self.wait(now_ns)
+
     def expire(self) -> None:
         """The wait is over."""
         if self.state is State.TIME_WAIT:
             self.move(Event.EXPIRED)
-        if self.outcome is None:
             self._finish(Outcome.CLOSED)
         self.host.forget(self)
 
@@ -374,16 +390,6 @@ class Session:
     def emit_raw(self, flags: int, seq: int, ack: int, data: bytes, now_ns: int) -> None:
         tsval = (now_ns // MS + self.host.rules.timestamp_origin) & MASK
         self.host.outbox.append(tuple.__new__(Emission, (self, flags, seq, ack, tsval, data)))
-
-
-def _continue(online: Online, rest: list[Chunk]) -> Online:
-    """The stream as it goes on behind a gap, with ``rest``, a request, as its next bytes."""
-    successor = Online(online.iss)
-    successor.irs, successor.rcv_nxt = online.irs, online.rcv_nxt
-    successor.snd_nxt = rest[0].pos
-    successor.early = rest
-    successor.held_bytes = sum(len(chunk.data) for chunk in rest)
-    return successor
 
 
 def drop(chunks: list[Chunk], fate: Fate, ledger: Ledger) -> None:

@@ -99,3 +99,15 @@ def next_request(early: list[Chunk]) -> int:
         if chunk.need > before.need and chunk.pos <= before.end and chunk.data:
             return index
     return len(early)
+
+
+def resume(online: Online, rest: list[Chunk]) -> Online:
+    """Take ``rest`` off ``online`` and return it as a stream of its own, which begins there."""
+    successor = Online(online.iss)
+    successor.irs, successor.rcv_nxt = online.irs, online.rcv_nxt
+    successor.early = rest
+    if rest:
+        successor.snd_nxt = rest[0].pos
+    successor.held_bytes = sum(len(chunk.data) for chunk in rest)
+    online.held_bytes -= successor.held_bytes
+    return successor

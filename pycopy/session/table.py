@@ -23,7 +23,7 @@ from pycopy.abi import (
 )
 from pycopy.ledger import Count, Fate, Ledger, ResponseFate
 from pycopy.seq import MASK
-from pycopy.session.addresses import Addresses
+from pycopy.session.addresses import Addresses, IsFree, family_of
 from pycopy.session.admission import Admission
 from pycopy.session.arrival import MAX_WSCALE, MIN_MSS
 from pycopy.session.rules import MS, SECOND, Rules
@@ -39,6 +39,9 @@ SWEEP_SESSIONS = 1000
 
 #: Stale entries that the timer queue may hold before it is cleaned.
 STALE_TIMERS = 4096
+
+#: Response bytes that a client joined mid-stream is taken to have received before.
+JOINED_AT = 1 << 24
 
 #: The MSS of a client that named none: the path decides.
 NO_LIMIT = 0xFFFF
@@ -76,7 +79,7 @@ class Table:
         self._timer_number = 0
         self._lingering: deque[tuple[int, Session]] = deque()
         self._sweep_at = start_ns + SWEEP_NS
-        self._sweep: Iterator[Session] = iter(())
+        self._sweep: Iterator[Session] | None = None
 
     # -- segments -------------------------------------------------------------------------
 
@@ -130,8 +133,8 @@ class Table:
             return
         mss = max(seg.mss or NO_LIMIT, MIN_MSS)
         session = self._connect(
-            seg.key, seg.family, seg.service, Online(seg.seq), 1, mss,
-            min(seg.wscale, MAX_WSCALE), seg.options, now_ns,
+            seg.key, seg.service, Online(seg.seq), 1, mss,
+            min(seg.wscale, MAX_WSCALE), seg.options, now_ns, self._is_free,
         )  # fmt: skip
         if session is None:
             fates[Fate.REFUSED_NO_ADDRESS] += 1
@@ -151,17 +154,21 @@ class Table:
         if refusal is not None:
             fates[refusal] += 1
             return
+        online = Online((seg.seq - 1) & MASK)
+        # Counting begins here, with room below for what is captured late.
+        online.irs, online.rcv_nxt = (seg.ack - 1 - JOINED_AT) & MASK, 1 + JOINED_AT
         session = None
         refusal = self._limit()
         if refusal is None:
             session = self._connect(
-                seg.key, seg.family, seg.service, Online((seg.seq - 1) & MASK), 1, NO_LIMIT,
-                self.rules.join_wscale, _ALL_OPTIONS, now_ns,
+                seg.key, seg.service, online, 1, NO_LIMIT,
+                self.rules.join_wscale, _ALL_OPTIONS, now_ns, self._is_free,
             )  # fmt: skip
         if session is None:
             self._admission.watch(seg.key, seg.ack)
             fates[refusal or Fate.REFUSED_NO_ADDRESS] += 1
             return
+        session.target.need_base = JOINED_AT
         self.ledger.counts[Count.MID_STREAM] += 1
         session.open(now_ns)
         session.on_client_segment(seg, payload, now_ns)
@@ -173,14 +180,14 @@ class Table:
         return self.closed_for
 
     def _connect(
-        self, key: bytes, family: int, service: int, online: Online, start: int, mss: int,
-        wscale: int, options: int, now_ns: int,
+        self, key: bytes, service: int, online: Online, start: int, mss: int,
+        wscale: int, options: int, now_ns: int, is_free: IsFree,
     ) -> Session | None:  # fmt: skip
         """Make a session whose first byte is position ``start``; None: no address is free."""
         target_addr, target_port = self._services[service]
         client_addr, _, client_port, _ = KEY.unpack(key)
         target_key = self._addresses.allocate(
-            client_addr, client_port, target_addr, target_port, self._is_free
+            client_addr, client_port, target_addr, target_port, is_free
         )
         if target_key is None:
             return None
@@ -188,6 +195,7 @@ class Table:
         target = Target(online.iss, start, mss, self.rules.rto_initial_ns)
         target.options = options
         target.rcv_wscale = wscale
+        family = family_of(target_addr)
         session = Session(self, key, target_key, family, service, online, target, now_ns)
         self.by_online[key] = session
         self.by_target[target_key] = session
@@ -205,6 +213,14 @@ class Table:
             return False
         session.expire()
         return True
+
+    def _is_unused(self, target_key: bytes) -> bool:
+        """True if not even a lingering session had ``target_key``.
+
+        A reopened connection goes on with the same sequence numbers: what was delayed of the
+        one before would fit in (RFC 9293 3.4.3), so it needs another port.
+        """
+        return target_key not in self.by_target
 
     def _supersede(self, session: Session, now_ns: int) -> None:
         """The client uses its port for a new connection while we still hold the old one."""
@@ -226,13 +242,16 @@ class Table:
 
     def reopen(self, session: Session, online: Online, now_ns: int) -> None:
         """Send ``online``, what is left of the client's stream, over a new connection."""
+        if not online.queue and not online.early:
+            self._watch(session.key, online)
+            return
         old, refusal, successor = session.target, self._limit(), None
         start = online.queue[0].pos if online.queue else online.snd_nxt
         if refusal is None:
             # What the first connection negotiated is what this target can do.
             successor = self._connect(
-                session.key, session.family, session.service, online, start, old.mss,
-                old.rcv_wscale, old.options, now_ns,
+                session.key, session.service, online, start, old.mss,
+                old.rcv_wscale, old.options, now_ns, self._is_unused,
             )  # fmt: skip
         if successor is None:
             drop(online.queue + online.early, refusal or Fate.REFUSED_NO_ADDRESS, self.ledger)
@@ -264,6 +283,8 @@ class Table:
         session.scheduled_ns = NEVER
         if self.by_online.get(session.key) is session:
             del self.by_online[session.key]
+            online = session.online
+            self._admission.ended(session.key, (online.iss + online.snd_nxt) & MASK)
             if outcome in _MID_REQUEST and session.online.fin_pos == NO_POSITION:
                 self._watch(session.key, session.online)
 
@@ -307,10 +328,12 @@ class Table:
 
     def _sweep_some(self, now_ns: int) -> None:
         """Look at the long limits of some sessions, and come back for more."""
+        if self._sweep is None:
+            self._sweep = iter(list(self.by_target.values()))
         for _ in range(SWEEP_SESSIONS):
             session = next(self._sweep, None)
             if session is None:
-                self._sweep = iter(list(self.by_target.values()))
+                self._sweep = None
                 self._sweep_at = now_ns + SWEEP_NS
                 return
             if session.outcome is None:

@@ -232,3 +232,24 @@ def test_extension_header_cut_by_the_payload_length(capture, port):
     frame = tcp(port, payload=b"x" * 40, ip="IPv6 destination options")
     for total in range(1, 40):
         assert_like_oracle(capture, patched(frame, ETH + 4, total.to_bytes(2, "big")))
+
+
+def test_fragment_header_in_the_padding(capture, port):
+    """Behind the end of the datagram nothing is a header, whatever it looks like."""
+    later = IPv6(src=CLIENT6, dst=SERVER6) / IPv6ExtHdrFragment(offset=1, nh=6)
+    frame = tcp(port, payload=b"x" * 40, ip=later)
+    assert capture.fate(frame) is FRAGMENT
+    for total in range(1, 8):
+        assert capture.fate(patched(frame, ETH + 4, total.to_bytes(2, "big"))) is None
+    assert capture.fate(patched(frame, ETH + 4, b"\0\x08")) is FRAGMENT
+
+
+@pytest.mark.parametrize("ip, length_at, counted", [("IPv4", 2, IP4), ("IPv6", 4, 0)])
+def test_datagram_shorter_than_a_tcp_header(capture, port, ip, length_at, counted):
+    """All there, and too short: malformed, not truncated."""
+    frame = tcp(port, flags="F", ip=ip)
+    tcp_at = len(frame) - 20
+    for size in range(21):
+        total = (counted + size).to_bytes(2, "big")
+        got = capture.fate(patched(frame, ETH + length_at, total)[: tcp_at + size])
+        assert got is (CAPTURED if size == 20 else MALFORMED if size >= 4 else None), size
