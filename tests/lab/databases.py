@@ -121,13 +121,13 @@ class PostgreSQL(Database):
         return self._ask("select 1") == "1"
 
     def contents(self):
-        """Every row of every table of ours, digested in the order of its first column."""
-        tables = self._ask("select tablename from pg_tables where schemaname = 'public' order by 1")
+        """Every row of every table of ours, digested; pgbench's own time stamps left out."""
+        tables = self._ask("select tablename from pg_tables where schemaname = 'public'")
         return {
             table: hashlib.sha256(
-                self._ask(f"select r::text from {table} r order by 1").encode()
+                self._ask(f"select (to_jsonb(r) - 'mtime')::text from {table} r order by 1").encode()
             ).hexdigest()[:16]
-            for table in tables.split()
+            for table in sorted(tables.split())
         }
 
 
@@ -174,7 +174,14 @@ class Nginx2(Nginx):
         conf = self.dir / "nginx.conf"
         # The form that 1.22 to 1.27 understand; later ones still accept it with a warning.
         text = conf.read_text().replace("backlog=8192;", "backlog=8192 http2;")
-        conf.write_text(text.replace("keepalive_timeout", "dav_methods PUT;\n    keepalive_timeout"))
+        conf.write_text(text.replace("default_type", "dav_methods PUT;\n    default_type"))
+
+    def uploaded(self):
+        """What was put here, by name."""
+        return {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            for path in (self.dir / "root").glob("up*")
+        }
 
 
 _AS_POSTGRES = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]

@@ -126,6 +126,8 @@ int pycopy_impair(struct __sk_buff *skb)
 	if (chance < rule->drop_ppm) {
 		*left -= 1;
 		count(DROPPED);
+		if (rule->drop_verdict == TC_ACT_REDIRECT)
+			return bpf_redirect(0, 0); /* TCX does not know TC_ACT_STOLEN */
 		return rule->drop_verdict;
 	}
 	chance -= rule->drop_ppm;

@@ -37,7 +37,7 @@ _ZERO = bytes(4)
 #: What becomes of what is dropped (linux/pkt_cls.h).
 PASS_UNSEEN = 0  # TC_ACT_OK: past all programs behind this one, into the stack
 DROP = 2  # TC_ACT_SHOT
-DROP_AS_SENT = 4  # TC_ACT_STOLEN: the sender's TCP must not know
+DROP_AS_SENT = 7  # TC_ACT_REDIRECT, to nowhere: the sender's TCP must not know
 
 #: Loaded programs that nobody uses: compiling takes longer than most tests.
 _idle = []
@@ -49,7 +49,7 @@ class Impairment:
     def __init__(
         self, lab, role, device=DEVICE, hook=Hook.TC_EGRESS, *, source_port=0,
         destination_port=0, flags=0, payload_bytes=0, drop_ppm=0, duplicate_ppm=0, hold_ppm=0,
-        hold_s=0.004, verdict=DROP, skip=0, budget=UNLIMITED, seed=1,
+        hold_s=0.004, verdict=DROP, skip=0, budget=UNLIMITED, seed=10,
     ):  # fmt: skip
         self._module = _idle.pop() if _idle else load(str(SOURCE), defines={"PYCOPY_HOOK_XDP": 0})
         maps = self._module.maps
@@ -122,6 +122,9 @@ class _Holder(threading.Thread):
         with lab.inside(role):
             for name in self._names:
                 Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+        for name in self._names:
+            lab.run(role, ["ip", "link", "set", name, "up"])
+        with lab.inside(role):
             self._take = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
             self._give = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
             self._take.bind((self._names[1], _ETH_P_ALL))
@@ -129,9 +132,7 @@ class _Holder(threading.Thread):
             self.ifindex = socket.if_nametoindex(self._names[0])
         self._give.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, _MARK)
         self._take.setblocking(False)
-        for name in self._names:
-            lab.run(role, ["ip", "link", "set", name, "up"])
-        self._wake, self._stop = os.pipe()
+        self._wake, self._hang_up = os.pipe()
         self.start()
 
     def run(self):
@@ -150,7 +151,7 @@ class _Holder(threading.Thread):
                 self._give.send(heapq.heappop(waiting)[2])
 
     def close(self):
-        os.close(self._stop)
+        os.close(self._hang_up)
         self.join()
         os.close(self._wake)
         self._take.close()

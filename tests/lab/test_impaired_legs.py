@@ -14,6 +14,10 @@ from tests.lab.runs import run_impaired
 #: 5 % is slow, not wrong: a segment may be lost four times running.
 RATES = {"0.1 %": 1_000, "1 %": 10_000, "5 %": 50_000}
 
+intercepted = pytest.mark.parametrize(
+    "placement", [Placement.TARGET, Placement.ASSISTANT], ids=lambda one: one.value
+)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_offloads(lab):
@@ -33,7 +37,7 @@ def test_loss(scenario, lab, request, leg, rate):
 
 
 @pytest.mark.parametrize("leg", LEGS)
-@pytest.mark.parametrize("placement", [Placement.TARGET, Placement.ASSISTANT], ids=lambda p: p.value)
+@intercepted
 def test_loss_of_1_percent(scenario, lab, request, placement, leg):
     run_impaired(
         scenario, placement, request, f"loss 1 % {leg} ({placement.value})",
@@ -71,7 +75,7 @@ def test_loss_on_every_leg_at_once(scenario, lab, request):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("placement", [Placement.TARGET, Placement.ASSISTANT], ids=lambda p: p.value)
+@intercepted
 def test_the_channel_loses_1_percent(scenario, lab, request, placement):
     run_impaired(
         scenario, placement, request, f"loss 1 % on the channel ({placement.value})",

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pycopy.lab.content import content, http_request
+from pycopy.lab.content import http_request
 from pycopy.lab.copying import Placement
 from tests.lab.dial import Client
 from tests.lab.odd import LATE_S, Odd
@@ -50,7 +50,7 @@ def test_a_target_that_reads_late(odd, lab, request, placement):
     assert time.monotonic() - began < LATE_S  # the client notices nothing
     client.ask("after", 1)
     client.close()
-    recovered_s = settle(run)
+    recovered_s = settle(run, 1)
     outcome = account(run, request, f"8 MB, target reads 3 s late ({placement.value})", recovered_s)
     assert recovered_s < LATE_S + 3
     assert outcome.replays[0]["ledger"]["sending"]["window_probes"]
@@ -60,10 +60,10 @@ def test_a_target_that_reads_late(odd, lab, request, placement):
 def test_a_target_that_closes_after_every_answer(odd, request, placement):
     """Every request gets a connection of its own there; online they share a few."""
     run = odd(placement, 4, "closes")
-    run.load(503, 23, rate=500, answers=(1, 1009))
+    run.load(503, 23, rate=1000, answers=(1, 1009))
     outcome = account(
         run, request, f"target closes after every answer ({placement.value})",
-        settle(run, connections=False), connections=False,
+        settle(run), connections=False,
     )  # fmt: skip
     assert outcome.replays[0]["ledger"]["sessions"]["reopened"] >= 503 - 23
 
@@ -73,22 +73,22 @@ def test_a_target_that_closes_in_the_face_of_a_fast_client(odd, request):
     run.load(503, 23, answers=(1, 1009), uploads=(0, 10_007))
     account(
         run, request, "target closes after every answer, fast clients, uploads",
-        settle(run, connections=False), connections=False,
+        settle(run), connections=False,
     )  # fmt: skip
 
 
 @everywhere
 def test_a_target_that_greets_and_an_online_server_that_does_not(odd, request, placement):
     run = odd(placement, 4, "greets")
-    run.load(503, 23, rate=500, answers=(1, 1009))
-    account(run, request, f"only the target greets ({placement.value})", settle(run))
+    run.load(503, 23, rate=1000, answers=(1, 1009))
+    account(run, request, f"only the target greets ({placement.value})", settle(run, 23))
 
 
 @pytest.mark.parametrize("mode", ["curt", "verbose"])
 def test_a_target_with_answers_of_another_size(odd, request, mode):
     run = odd(Placement.SELF, 4, mode)
-    run.load(503, 23, rate=500, answers=(1009, 100_003))
-    account(run, request, f"answers of other sizes ({mode})", settle(run))
+    run.load(503, 23, rate=1000, answers=(1009, 100_003))
+    account(run, request, f"answers of other sizes ({mode})", settle(run, 23))
 
 
 def test_a_target_that_never_answers(odd, lab):
@@ -117,7 +117,7 @@ def test_a_client_that_closes_its_side_and_reads_on(odd, lab, request, placement
         client.read_answer(1_000_003)
         client.read_end()
         client.close()
-    account(run, request, f"client half-closes ({placement.value})", settle(run))
+    account(run, request, f"client half-closes ({placement.value})", settle(run, 11))
 
 
 @everywhere
@@ -132,7 +132,7 @@ def test_a_server_that_closes_its_side_and_reads_on(odd, lab, request, placement
         client.sock.sendall(http_request(f"unanswered{number}", 1, 100_003))
         client.sock.sendall(http_request(f"last{number}", 1))
         client.close()
-    account(run, request, f"server half-closes ({placement.value})", settle(run))
+    account(run, request, f"server half-closes ({placement.value})", settle(run, 11))
 
 
 # -- clients that reset ------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_a_client_that_resets(scenario, lab, request, placement):
         upload.reset()
         answer.reset()
     run.load(101, 11, id="after")
-    recovered_s = settle(run, connections=False)
+    recovered_s = settle(run)
     # Which bytes a server got to see before a reset is chance on either side.
     assert run.eventually(
         lambda: run.copied().connections.total() == run.asked().connections.total()
@@ -171,7 +171,7 @@ def test_a_client_that_resets(scenario, lab, request, placement):
 def test_one_client_port_towards_two_copied_ports(scenario, lab, request, placement):
     run = scenario(placement, 4, servers=((80, "http"), (81, "http"))).start()
     _two_at_a_time(lab)
-    account(run, request, f"one client port, two services ({placement.value})", settle(run))
+    account(run, request, f"one client port, two services ({placement.value})", settle(run, 46))
 
 
 @everywhere
@@ -186,7 +186,7 @@ def test_one_client_port_towards_two_ports_copied_to_one(scenario, lab, request,
         intercept.arguments[place] = "tcp and src port 8080"
     run.start()
     _two_at_a_time(lab)
-    account(run, request, f"one client port, one target port ({placement.value})", settle(run))
+    account(run, request, f"one client port, one target port ({placement.value})", settle(run, 46))
 
 
 def _two_at_a_time(lab):
@@ -215,7 +215,10 @@ def test_a_client_port_used_again_at_once(scenario, lab, request, placement, end
             client.close()
         else:
             client.reset()
-    account(run, request, f"port used again, {ending} ({placement.value})", settle(run))
+    # A server in TIME_WAIT may answer the new SYN for the old connection: reset, and again.
+    account(
+        run, request, f"port used again, {ending} ({placement.value})", settle(run, 53), resets=True
+    )
 
 
 # -- joining -----------------------------------------------------------------------------------
@@ -237,7 +240,7 @@ def test_replay_started_while_connections_are_open(scenario, lab, request, place
         client.close()
     for server in run.online:
         _forget_requests(server, "before")
-    recovered_s = settle(run, connections=False)
+    recovered_s = settle(run)
     outcome = account(
         run, request, f"joined while idle ({placement.value})", recovered_s, connections=False
     )
@@ -248,7 +251,7 @@ def test_replay_started_while_connections_are_open(scenario, lab, request, place
 def test_replay_started_under_load(scenario, request, placement):
     """Busy ones lose the request under way at most; from then on each is copied whole."""
     run = scenario(placement, 4, servers=((80, "http"),))
-    load = run.load(1009, 23, rate=400, concurrency=23, wait=False, answers=(1, 1009))
+    load = run.load(1009, 23, rate=700, concurrency=23, wait=False, answers=(1, 1009))
     assert run.eventually(lambda: run.asked().count > 101)
     started = run.asked().count
     run.start()
@@ -270,11 +273,3 @@ def _forget_requests(server, text):
     log = server.dir / "access.log"
     kept = [line for line in log.read_text().splitlines(True) if text not in line]
     log.write_text("".join(kept))
-
-
-# -- a capture that misses something -----------------------------------------------------------
-
-
-def test_content_is_what_it_was():
-    """The pattern has no period that a lost 1448-byte segment could hide in."""
-    assert content(1448) != content(2 * 1448)[1448:]
