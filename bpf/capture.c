@@ -29,6 +29,17 @@
  */
 #define PYCOPY_HANDSHAKES 16384
 
+/* Whose address a service has: the one written in it, any of this host's, any. */
+#define PYCOPY_GIVEN 0
+#define PYCOPY_OWN 1
+#define PYCOPY_ANYBODYS 2
+
+#define PYCOPY_LOCAL_ADDRESSES 4096
+
+struct pycopy_address {
+	__u8 bytes[16];
+};
+
 struct pycopy_handshake {
 	__u32 iss;
 	__u32 syn_len; /* data in the SYN (RFC 7413), which the ACK may cover */
@@ -37,6 +48,7 @@ struct pycopy_handshake {
 BPF_RINGBUF_OUTPUT(segments, PYCOPY_RING_BYTES / PAGE_SIZE);
 BPF_PERCPU_ARRAY(counts, u64, PYCOPY_CAP_COUNTS);
 BPF_PERCPU_ARRAY(scratch, struct pycopy_scratch, 1);
+BPF_HASH(local_addresses, struct pycopy_address, u8, PYCOPY_LOCAL_ADDRESSES);
 BPF_TABLE("lru_hash", struct pycopy_key, struct pycopy_handshake, handshakes, PYCOPY_HANDSHAKES);
 
 static __always_inline void count(int index, u64 times)
@@ -125,13 +137,27 @@ static __always_inline void emit_pieces(PYCOPY_CTX *ctx, struct pycopy_segment *
 	count(emit_sized(ctx, segment, at, left), 1);
 }
 
+/* A service without an address is this host's own: what is merely routed through,
+ * from containers or as a gateway, is somebody else's.
+ */
+static __always_inline int is_local(struct pycopy_packet *packet)
+{
+	struct pycopy_address address;
+
+	__builtin_memcpy(address.bytes, packet->dst, sizeof(address.bytes));
+	return local_addresses.lookup(&address) != 0;
+}
+
 /* The index of the service that the packet is addressed to, or -1. */
 static __always_inline int find_service(struct pycopy_packet *packet)
 {
-#define PYCOPY_SERVICE(index, any, port, w0, w1, w2, w3)                             \
-	if (packet->tcp.dst_port == htons(port) &&                                   \
-	    ((any) || (packet->dst[0] == htonl(w0) && packet->dst[1] == htonl(w1) && \
-		       packet->dst[2] == htonl(w2) && packet->dst[3] == htonl(w3)))) \
+#define PYCOPY_SERVICE(index, whose, port, w0, w1, w2, w3)                              \
+	if (packet->tcp.dst_port == htons(port) &&                                      \
+	    ((whose) == PYCOPY_ANYBODYS ||                                              \
+	     ((whose) == PYCOPY_OWN ?                                                   \
+		      is_local(packet) :                                                \
+		      packet->dst[0] == htonl(w0) && packet->dst[1] == htonl(w1) &&     \
+			      packet->dst[2] == htonl(w2) && packet->dst[3] == htonl(w3)))) \
 		return index;
 	PYCOPY_SERVICES(PYCOPY_SERVICE)
 #undef PYCOPY_SERVICE

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pycopy.session.states import TRANSITIONS, Event, State  # noqa: E402
+from pycopy.session.states import TRANSITIONS, Event, State
 
 PAGE = """\
 # The states of a session
@@ -48,7 +48,9 @@ MEANINGS = {
 def leads_home(event):
     """The event takes every open state to CLOSED, and does nothing else."""
     ends = {state: TRANSITIONS.get((state, event)) for state in State}
-    return all(end is (None if state is State.CLOSED else State.CLOSED) for state, end in ends.items())
+    return all(
+        end is (None if state is State.CLOSED else State.CLOSED) for state, end in ends.items()
+    )
 
 
 def page():

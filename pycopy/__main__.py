@@ -1,8 +1,6 @@
 """``python3 -m pycopy``."""
 
-import sys
-
-from pycopy.cli import main
+from pycopy.cli import script
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    script()

@@ -9,13 +9,21 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from pycopy import __version__, config, daemon, guards, options
+from pycopy import __version__, config, daemon, devices, guards, messages, options
 from pycopy.config import InterceptConfig, ProcessConfig, ReplayConfig
-from pycopy.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, PycopyError, UsageError
+from pycopy.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_USAGE,
+    PycopyError,
+    UsageError,
+)
 
-EXIT_INTERRUPTED = 130
 PLACEMENTS = ("self", "target", "assistant")
+_QUOTE = "quote an expression: -F 'tcp ...'"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,15 +45,31 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_FAILED
 
 
-def script() -> int:
+def script() -> NoReturn:
     """Entry point of the installed command."""
-    return main(sys.argv[1:])
+    _open_standard_streams()
+    messages.leave(main(sys.argv[1:]))
+
+
+def _open_standard_streams() -> None:
+    """Whoever started us may have closed one: the next file opened would get its number."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: fd
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _dispatch(argv: list[str]) -> int:
     if not argv:
         _to_stderr(options.top_help())
         return EXIT_USAGE
+    if argv[0] == "help" and len(argv) > 1:
+        argv = [argv[1], "--help"]
     if argv[0] in ("-h", "--help", "help"):
         print(options.top_help(), end="")
         return EXIT_OK
@@ -56,7 +80,9 @@ def _dispatch(argv: list[str]) -> int:
     if command is None:
         near = difflib.get_close_matches(argv[0], _COMMANDS, n=1)
         known = f"did you mean {near[0]}?" if near else f"one of: {', '.join(_COMMANDS)}"
-        if argv[0].startswith("-"):
+        if argv[0] == "-V":
+            known = "did you mean -v?"
+        elif argv[0].startswith("-"):
             known = f"options follow the command, for example: pycopy replay {argv[0]} ..."
         raise UsageError(f"unknown command {argv[0]!r}", known)
     try:
@@ -69,6 +95,7 @@ def replay_config(argv: Sequence[str], resolver: config.Resolver = config.resolv
     """The configuration that the words after ``pycopy replay`` ask for."""
     given, words = options.replay_parser().parse(argv)
     if given.copy is not None and words:
+        _no_words(words if given.filter else [], _QUOTE)
         raise UsageError(
             f"unexpected argument: {words[0]!r}",
             "with -x every service is in one word: -x 80-10.0.0.2:8080,81-10.0.0.2:8081",
@@ -94,12 +121,14 @@ def replay_config(argv: Sequence[str], resolver: config.Resolver = config.resolv
         if given.intercept is not None:
             raise UsageError("--ports has no meaning with -s", "leave one of the two out")
         wanted.self_ports = config.parse_ports(given.ports)
+        config.check_ports(wanted.self_ports, wanted.services)
     if given.hook is not None:
         wanted.hook = _choice(given.hook, "--hook", ("tc", "xdp"))
     _numbers(given, wanted)
     wanted.wait_for_response = not given.no_wait
     wanted.only_full_sessions = given.full_sessions_only
     wanted.ramp = given.ramp
+    wanted.forwarded = given.forwarded
     wanted.lonely = given.lonely
     wanted.allow_public_target = given.allow_public_target
     _process(given, wanted, "replay")
@@ -114,7 +143,7 @@ def intercept_config(argv: Sequence[str]) -> InterceptConfig:
             f"-q takes no number here: {words[0]!r}",
             "-q is --quiet; there is no nfqueue whose length could be set",
         )
-    _no_words(words)
+    _no_words(words, _QUOTE)
     if not given.filter:
         raise UsageError(
             "-F is missing", "say which responses are the target's: -F 'tcp and src port 8080'"
@@ -123,7 +152,7 @@ def intercept_config(argv: Sequence[str]) -> InterceptConfig:
     if given.at is not None:
         wanted.placement = _choice(given.at, "--at", ("auto", "target", "assistant"))
     if given.bind is not None:
-        wanted.bind = config.parse_intercepts(given.bind)[0][0]
+        wanted.bind = config.parse_bind(given.bind)
     if given.port is not None:
         wanted.port = config.parse_int(given.port, "-p", 1, 65535, "the port")
     for ranges in given.pass_nets or ():
@@ -168,12 +197,16 @@ def _process(given: argparse.Namespace, wanted: ProcessConfig, command: str) -> 
 def _replay(argv: list[str]) -> int:
     wanted = replay_config(argv)
     guards.check_interfaces(wanted.interfaces)
-    guards.check_targets(wanted.services, guards.local_addresses(), wanted.allow_public_target)
+    local = devices.local_addresses()
+    guards.check_targets(wanted.services, local, wanted.allow_public_target)
     guards.check_privileges()
 
     def body() -> int:
         from pycopy import replay
 
+        if not wanted.forwarded:
+            for warning in guards.foreign_sources(wanted.services, local):
+                messages.say(f"pycopy: warning: {warning}")
         return replay.run(wanted)
 
     return _run(body, wanted)
@@ -243,7 +276,6 @@ def _demo(argv: list[str]) -> int:
             f"--connections {connections} is more than --requests {requests}",
             "every connection carries at least one request",
         )
-    guards.check_privileges()
     from pycopy import demo
 
     return demo.run(placements, families, requests, connections, given.json)
@@ -282,17 +314,14 @@ def _choice(word: str, option: str, choices: Sequence[str]) -> str:
     return word
 
 
-def _no_words(words: Sequence[str]) -> None:
+def _no_words(words: Sequence[str], cure: str = "leave it out") -> None:
     if words:
-        raise UsageError(f"unexpected argument: {words[0]!r}", "quote an expression: -F 'tcp ...'")
+        raise UsageError(f"unexpected argument: {words[0]!r}", cure)
 
 
 def _to_stderr(text: str) -> None:
-    try:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-    except OSError:
-        pass  # nobody to tell; the exit status says it
+    messages.put(text)
+    messages.flush()  # if nobody reads it, the exit status says it
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {

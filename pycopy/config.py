@@ -22,6 +22,7 @@ RESPONSE_IDLE_S = 600
 #: What -k adds to -t when it is not given: a session with nothing left to send is kept longer.
 SESSION_IDLE_EXTRA_S = 120
 
+_FIRST_USER_PORT = 1024
 _MAPPED_PREFIX = bytes(10) + b"\xff\xff"
 _ENTRY_FORM = "write [srcIP:]srcPort-dstIP:dstPort, for example 80-10.0.0.2:8080"
 _NETWORK_FORM = "write an address, CIDR, or the form 62.135.200.x"
@@ -68,6 +69,7 @@ class ReplayConfig(ProcessConfig):
     intercepts: list[tuple[str, int]] = field(default_factory=list)  #: numeric address, port
     client_pool: list[Network] = field(default_factory=list)
     hook: str = "tc"  #: "tc" or "xdp"
+    forwarded: bool = False  #: a service without an address is anybody's, not only this host's
     wait_for_response: bool = True
     only_full_sessions: bool = False
     sample_percent: int = 100
@@ -187,6 +189,19 @@ def parse_intercepts(
     return intercepts
 
 
+def parse_bind(text: str) -> str:
+    """``-b``: one address of this host."""
+    where = f"-b {text}"
+    host, port = (text, None) if _is_address(text) else _split_endpoint(text, where)
+    if not host or "," in text:
+        raise UsageError(f"{where}: not one address", "write -b 10.0.0.2, or leave -b out for all")
+    if port is not None:
+        raise UsageError(
+            f"{where}: the address is followed by a port", f"write -b {host} -p {port}"
+        )
+    return str(_parse_address(host, where, "the address"))
+
+
 def parse_networks(text: str, option: str) -> list[Network]:
     """Comma separated addresses, CIDR blocks, or tcpcopy's ``62.135.200.x`` (a /24)."""
     return [
@@ -215,7 +230,22 @@ def parse_ports(text: str) -> tuple[int, int]:
     ports = _parse_port(low, where, "the first"), _parse_port(high, where, "the last")
     if ports[0] > ports[1]:
         raise UsageError(f"{where}: the range is empty", f"write --ports {high}-{low}")
+    if ports[0] < _FIRST_USER_PORT:
+        raise UsageError(
+            f"{where}: ports below {_FIRST_USER_PORT} are for services",
+            "write A-B, for example --ports 20000-29999",
+        )
     return ports
+
+
+def check_ports(ports: tuple[int, int], services: list[Service]) -> None:
+    """Copies may not leave from a port on which the online service is reached."""
+    for service in services:
+        if ports[0] <= service.online_port <= ports[1]:
+            raise UsageError(
+                f"--ports {ports[0]}-{ports[1]} contains {service.online_port}, which is copied",
+                "choose a range without it, for example --ports 20000-29999",
+            )
 
 
 def parse_bytes(text: str, option: str) -> int:
@@ -369,10 +399,7 @@ def _parse_host(text: str, where: str, what: str, resolver: Resolver) -> Address
     # getaddrinfo() takes "10.2" for 10.0.0.2 and "0x7f" for an address; a user never means that.
     if labels[-1][:1].isdigit() or not all(_LABEL.fullmatch(label) for label in labels):
         return _parse_address(text, where, what)
-    try:
-        return resolver(text)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error.cause}", error.cure) from None
+    return resolver(text)
 
 
 def _parse_network(entry: str, where: str) -> Network:

@@ -1,7 +1,7 @@
 """The process itself: running detached, its log file, its pid file.
 
 These belong to the process, so they are module state: a driver calls :func:`ready` once
-everything is attached and :func:`reopen_log` on SIGHUP, and need not know whether it runs
+everything is attached, gives SIGHUP to :func:`hang_up`, and need not know whether it runs
 detached, with a log file or with neither. Call :func:`run` before anything starts a thread.
 """
 
@@ -15,7 +15,11 @@ import sys
 import threading
 from collections.abc import Callable
 
+from pycopy import messages
 from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
+
+#: How long a start that is done waits for its messages to be read.
+_READY_WORDS_S = 0.5
 
 
 class LogFile(io.TextIOBase):
@@ -163,8 +167,10 @@ _starter: _Starter | None = None
 
 
 def ready() -> None:
-    """Start-up is done: let the command that started the daemon return. No-op otherwise."""
+    """Start-up is done, and what was said of it is written: let the command that started the
+    daemon return."""
     global _starter
+    messages.flush(_READY_WORDS_S)
     if _starter is not None:
         os.chdir("/")  # only now: relative paths on the command line are all opened
         _starter.tell(ready=True)
@@ -172,10 +178,26 @@ def ready() -> None:
         _starter = None
 
 
-def reopen_log() -> None:
-    """After log rotation (SIGHUP). No-op without a log file."""
-    if _log is not None:
-        _log.reopen()
+def hang_up(end: Callable[[], None]) -> Callable[[], None]:
+    """What SIGHUP does: with a log file, reopen it (it was rotated); without one, ``end`` if
+    the terminal we were started from has gone, except under nohup(1). Ask while starting."""
+    heeded = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and _has_terminal()
+
+    def hung_up() -> None:
+        if _log is not None:
+            _log.reopen()
+        elif heeded and not _has_terminal():
+            end()
+
+    return hung_up
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def run(body: Callable[[], int], *, detach: bool, log_path: str, pid_path: str) -> int:
@@ -185,10 +207,11 @@ def run(body: Callable[[], int], *, detach: bool, log_path: str, pid_path: str) 
     :func:`ready` (or with the error that it raised before), and in the daemon at the end.
     """
     global _log, _starter
-    pid_file = PidFile(pid_path) if pid_path else None
     stderr = sys.stderr
+    # The log file first: if there cannot be one, no pid file is left behind.
     if log_path:
         _log = LogFile(log_path)
+    pid_file = PidFile(pid_path) if pid_path else None
     if detach:
         assert _log is not None, "a daemon needs a log file"
         starter = _fork(_log.path)
@@ -212,13 +235,15 @@ def run(body: Callable[[], int], *, detach: bool, log_path: str, pid_path: str) 
             print(f"pycopy: error: {error}", file=_log)
         raise
     finally:
+        messages.flush()
         if pid_file is not None:
             pid_file.remove()
         if not detach:
             sys.stderr = stderr
         if _log is not None and _log.write_errors:
             # Detached this goes to the log, which may have room again by now.
-            print(f"{_log.write_errors} messages could not be written to the log", file=sys.stderr)
+            messages.say(f"{_log.write_errors} messages could not be written to the log")
+            messages.flush()
 
 
 def _redirect(log: LogFile) -> None:

@@ -74,19 +74,12 @@ def run(
     require_root()
     nginx_binary()
     rows: list[Row] = []
-    with (
-        _interrupted_by_sigterm(),
-        Lab(NAME) as lab,
-        Nginx(lab, "online", 80, ANSWERS) as online,
-        Nginx(lab, "target", 8080, ANSWERS) as target,
-    ):
-        for placement in placements:
-            for family in families:
-                _say(f"\n{placement}, IPv{family}")
-                row = Row(placement, family)
-                rows.append(row)
-                _copy(lab, online, target, row, requests, connections)
-                _say(f"  {row.problem or f'{row.target:,} requests at the target'}")
+    try:
+        _run_rows(rows, placements, families, requests, connections)
+    except OSError as error:
+        if Lab(NAME).is_built():
+            raise
+        raise PycopyError(f"the lab went away meanwhile: {error}", "run it again") from None
     if as_json:
         print(json.dumps([asdict(row) for row in rows]))
     else:
@@ -98,6 +91,31 @@ def run(
     return EXIT_FAILED
 
 
+def _run_rows(
+    rows: list[Row],
+    placements: Sequence[str],
+    families: Sequence[int],
+    requests: int,
+    connections: int,
+) -> None:
+    """Everything that needs the lab; a row is in ``rows`` as soon as it has begun."""
+    with (
+        _interrupted_by_sigterm(),
+        Lab(NAME) as lab,
+        Nginx(lab, "online", 80, ANSWERS) as online,
+        Nginx(lab, "target", 8080, ANSWERS) as target,
+    ):
+        _say("nginx on port 80 of the host online, and on port 8080 of the host target")
+        _say("the same hosts, to repeat this by hand: pycopy lab up; pycopy lab shell ROLE")
+        for placement in placements:
+            for family in families:
+                _say(f"\n{placement}, IPv{family}")
+                row = Row(placement, family)
+                rows.append(row)
+                _copy(lab, online, target, row, requests, connections)
+                _say(f"  {row.problem or f'{row.target:,} requests at the target'}")
+
+
 def _copy(
     lab: Lab, online: Server, target: Server, row: Row, requests: int, connections: int
 ) -> None:
@@ -106,9 +124,10 @@ def _copy(
     begin_s = time.monotonic()
     before = target.count()
     try:
-        with Copying(lab, Placement(row.placement), row.family) as copying:
-            for program in copying.programs:
-                _say(f"  {program.role}# {program}")
+        copying = Copying(lab, Placement(row.placement), row.family)
+        for role, line in copying.commands():
+            _say(f"  {role}# {line}")
+        with copying:
             arguments = _load_arguments(requests, connections, mark)
             load = LoadRun(lab, row.family, "online", 80, *arguments)
             _follow(load, lambda: target.count() - before, requests)

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from pycopy import netlink
 from pycopy.errors import HostUnfit, UsageError
 
 # linux/sockios.h, if.h, if_arp.h
@@ -14,6 +15,13 @@ _IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
 _ARPHRD_ETHER, _ARPHRD_LOOPBACK = 1, 772
 _IPV6_ADDR_LINKLOCAL = "20"
 _IFREQ = struct.Struct("=16sH22x")
+
+
+# linux/rtnetlink.h, if_addr.h
+_RTM_GETADDR = 22
+_IFADDRMSG = struct.Struct("=BBBBI")
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_MAPPED = bytes(10) + b"\xff\xff"
 
 
 class Device(NamedTuple):
@@ -35,6 +43,18 @@ def find_devices(names: Iterable[str]) -> list[Device]:
                 "'ip -br addr' lists them; name one with -i",
             )
         return [_device(any_socket, name) for name in names]
+
+
+def local_addresses() -> set[bytes]:
+    """Every address of this host, 16 bytes each, IPv4-mapped for IPv4 (RFC 4291 2.5.5.2)."""
+    found = set()
+    for answer in netlink.request(_RTM_GETADDR, netlink.DUMP, bytes(_IFADDRMSG.size)):
+        attributes = netlink.attributes(answer[_IFADDRMSG.size :])
+        # On a point-to-point link IFA_ADDRESS is the other end; IPv6 has IFA_LOCAL only then.
+        address = attributes.get(_IFA_LOCAL) or attributes.get(_IFA_ADDRESS, b"")
+        if address:
+            found.add(_MAPPED + address if len(address) == 4 else address)
+    return found
 
 
 def _device(any_socket: socket.socket, name: str) -> Device:

@@ -41,6 +41,7 @@ class Egress:
     def flush(self, outbox: list[Emission]) -> None:
         """Send and empty ``outbox``."""
         counts, errors = self._ledger.counts, self._ledger.send_errors
+        self._sender.begin()
         header, view, send, own_mtu = self._header, self._view, self._sender.send, self._mtu
         for emission in outbox:
             session, flags, data = emission[0], emission[1], emission[5]

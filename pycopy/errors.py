@@ -1,7 +1,8 @@
 """Errors that reach the user: one sentence of cause, one of cure, and the exit status.
 
 Exit statuses (also in ``pycopy --help``): 0 done, 1 failed at run time, 2 usage,
-3 host unfit, 4 refused by a safety guard, 99 a threshold given by the user was crossed.
+3 host unfit, 4 refused by a safety guard, 130 interrupted before it was ready, or by a
+second signal.
 """
 
 EXIT_OK = 0
@@ -9,7 +10,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_UNFIT = 3
 EXIT_REFUSED = 4
-EXIT_THRESHOLD = 99
+EXIT_INTERRUPTED = 130
 
 
 class PycopyError(Exception):

@@ -9,14 +9,14 @@ import ipaddress
 import socket
 from collections.abc import Iterable
 
-from pycopy.config import Service, endpoint, map_address, unmap_address
+from pycopy.config import Service, endpoint, unmap_address
 from pycopy.errors import HostUnfit, Refused, UsageError
 
 # linux/capability.h
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_BPF": 39}
 _CAP_SYS_ADMIN = 21
 
-_FINAL = "This cannot be overruled: "
+_FINAL = "cannot be overruled: "
 
 
 def effective_capabilities() -> int:
@@ -42,25 +42,6 @@ def check_privileges(effective: int | None = None) -> None:
         )
 
 
-def local_addresses() -> set[bytes]:
-    """Every unicast address of this host, 16 bytes each."""
-    found = set()
-    with open("/proc/net/fib_trie", encoding="ascii") as trie:
-        address = ""
-        for line in trie:
-            words = line.split()
-            if words[0] == "|--":
-                address = words[1]
-            elif words == ["/32", "host", "LOCAL"]:
-                found.add(map_address(ipaddress.IPv4Address(address)))
-    try:
-        with open("/proc/net/if_inet6", encoding="ascii") as table:
-            found.update(bytes.fromhex(line.split()[0]) for line in table)
-    except FileNotFoundError:  # IPv6 is disabled
-        pass
-    return found
-
-
 def check_targets(
     services: Iterable[Service], local_addresses: set[bytes], allow_public: bool
 ) -> None:
@@ -72,8 +53,7 @@ def check_targets(
         if address.is_loopback or service.target_addr in local_addresses:
             raise Refused(
                 f"-x {service}: the target {target} is this host itself",
-                _FINAL + "copies leave through a network device. Give the target a host, a"
-                " container or a network namespace of its own ('pycopy lab up' makes some)",
+                _FINAL + "give the target a host, container or network namespace of its own",
             )
         if _is_not_one_host(address):
             raise Refused(
@@ -83,14 +63,24 @@ def check_targets(
         for other in services:
             if (other.online_addr, other.online_port) == (service.target_addr, service.target_port):
                 raise Refused(
-                    f"-x {service}: the target {target} is itself copied by {other}: a loop",
-                    _FINAL + "a copy would be copied again without end. Leave one of the two out",
+                    f"-x {service}: the target is itself copied by {other}: a loop",
+                    _FINAL + "a copy would be copied again without end; leave one out",
                 )
         if address.is_global and not allow_public:
             raise Refused(
                 f"-x {service}: the target {target} is a public internet address",
                 "if it is yours and may be flooded, add --allow-public-target",
             )
+
+
+def foreign_sources(services: Iterable[Service], local_addresses: set[bytes]) -> list[str]:
+    """A warning for each address in -x that no device here has: what is copied is forwarded."""
+    return [
+        f"-x {service}: this host has no address {unmap_address(service.online_addr)};"
+        " only what it forwards is copied"
+        for service in services
+        if service.online_addr is not None and service.online_addr not in local_addresses
+    ]
 
 
 def check_interfaces(names: Iterable[str], existing: Iterable[str] | None = None) -> None:

@@ -9,17 +9,16 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import time
 from functools import partial
 
-from pycopy import daemon, guards, loader, pcapfilter, placement
+from pycopy import daemon, loader, messages, pcapfilter, placement
 from pycopy.abi import SWALLOW, InterceptCount
 from pycopy.attach import Hook
 from pycopy.channel import ChannelServer, Fate, Hello, Placement, Refusal
 from pycopy.claims import Claims, ClaimsFull, describe
 from pycopy.config import InterceptConfig
-from pycopy.devices import Device, find_devices
+from pycopy.devices import Device, find_devices, local_addresses
 from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
 from pycopy.loop import READ, Loop
 from pycopy.signals import Signals
@@ -47,7 +46,11 @@ _DRAIN_RECORDS = 4096
 _COALESCE_NS = 300_000
 #: Heart-beats are looked after at least this often.
 _TICK_NS = 250_000_000
-#: After detaching: for what is in the rings, and what is queued for the replays.
+#: At the end: for the replays to stop sending, and leave.
+_LEAVE_S = 1.0
+#: Then: for what the target still answers to what they sent last.
+_SETTLE_NS = 100_000_000
+#: After detaching: for what is in the rings.
 _LAST_DRAIN_NS = 1_000_000_000
 
 _RTMGRP_LINK = 1
@@ -59,6 +62,7 @@ class Intercept:
     def __init__(self, config: InterceptConfig, stack: contextlib.ExitStack) -> None:
         self._config = config
         self._stack = stack
+        self.view = View(self.snapshot, config.interval_s, config.quiet, config.json)
         self._loop = Loop()
         stack.callback(self._loop.close)
         self._taps: list[Tap] = []
@@ -71,7 +75,7 @@ class Intercept:
     def run(self) -> int:
         config = self._config
         devices = find_devices(config.interfaces)
-        own = guards.local_addresses()
+        own = local_addresses()
         place, why = placement.choose(config.placement, config.filter, placement.listeners(), own)
         # Before the programs: a busy port is known at once, and nothing is attached yet.
         self._server = ChannelServer(
@@ -84,8 +88,9 @@ class Intercept:
             log=_log,
         )
         self._stack.callback(self._server.close, 0.0)
-        others = {signal.SIGHUP: daemon.reopen_log, signal.SIGUSR1: self._print_ledger}
+        others = {signal.SIGHUP: daemon.hang_up(self._end), signal.SIGUSR1: self.view.summary}
         signals = Signals(self._loop, self._end, others)
+        signals.at_once = True
         self._stack.callback(signals.close)
         _log(f"this is the {place.name.lower()}: {why}")
         self._watch_devices()
@@ -98,16 +103,14 @@ class Intercept:
         self._claims.pass_networks(config.pass_nets)
         for tap in self._taps:
             self._loop.add(tap.ring.fileno(), READ, partial(self._drain, tap))
-        print(
-            f"ready: waiting for replays on port {self._server.port}", file=sys.stderr, flush=True
-        )
+        messages.say(f"ready: waiting for replays on port {self._server.port}")
         daemon.ready()
-        self._view = View(self.snapshot, config.interval_s, config.quiet, config.json)
-        self._view.start()
+        signals.at_once = False
+        self.view.start()
         try:
             self._serve()
         finally:
-            self._view.stop()
+            self.view.stop()
         return self._finish()
 
     def _serve(self) -> None:
@@ -130,7 +133,11 @@ class Intercept:
         self._ending = True
 
     def _finish(self) -> int:
-        """Detach, deliver what is left, say goodbye, give account."""
+        """Say goodbye, swallow what the replays still cause, detach, give account."""
+        self._server.close(_LEAVE_S)
+        settled_ns = time.monotonic_ns() + _SETTLE_NS
+        while time.monotonic_ns() < settled_ns:
+            self._loop.wait(settled_ns)
         for tap in self._taps:
             tap.detach()
         until_ns = time.monotonic_ns() + _LAST_DRAIN_NS
@@ -138,12 +145,11 @@ class Intercept:
             self._loop.remove(tap.ring.fileno())
             while tap.ring.pending_bytes() and time.monotonic_ns() < until_ns:
                 self._drain(tap)
-        self._server.close()
         self._final_counts = self._kernel_counts()
         wrong = self.balance()
         for line in wrong:
             _log(f"the ledger does not balance: {line}")
-        self._view.summary(sys.stdout)
+        self.view.summary()
         if self._failure is not None:
             raise self._failure
         return EXIT_FAILED if wrong else EXIT_OK
@@ -272,11 +278,6 @@ class Intercept:
             sections["responses"][BALANCED] = "no" if self.balance() else "yes"
         return sections
 
-    def _print_ledger(self) -> None:
-        # Whoever read our stdout may have gone.
-        with contextlib.suppress(OSError):
-            self._view.summary(sys.stdout)
-
 
 def run(config: InterceptConfig) -> int:
     """Intercept until told to end, or until no device is left; the exit status."""
@@ -286,6 +287,4 @@ def run(config: InterceptConfig) -> int:
 
 def _log(text: str) -> None:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    with contextlib.suppress(OSError):
-        sys.stderr.write(f"{stamp} {text}\n")
-        sys.stderr.flush()
+    messages.say(f"{stamp} {text}")

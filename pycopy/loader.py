@@ -154,6 +154,7 @@ def _ask_child(request: dict[str, Any], source: str) -> tuple[list[str], list[in
                 stderr=output,
                 env=_child_environment(),
                 pass_fds=[theirs.fileno()],
+                process_group=0,  # Ctrl-C is ours to answer, not clang's
             )
         try:
             ours.settimeout(_COMPILE_LIMIT_S)
@@ -240,8 +241,9 @@ def _interpreter() -> str:
     for python in (sys.executable, _SYSTEM_PYTHON):
         probe = [python, "-c", "import importlib.util as u, sys; sys.exit(not u.find_spec('bcc'))"]
         done = subprocess.run(
-            probe, check=False, stdin=subprocess.DEVNULL, env=_child_environment()
-        )
+            probe, check=False, stdin=subprocess.DEVNULL, env=_child_environment(),
+            process_group=0,
+        )  # fmt: skip
         if done.returncode == 0:
             return python
     return sys.executable

@@ -12,6 +12,9 @@ from collections.abc import Callable
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 
+#: Later than any deadline.
+NEVER_NS = 1 << 62
+
 Callback = Callable[[int], None]
 
 

@@ -17,9 +17,7 @@ from typing import Any, NamedTuple
 
 from pycopy import rtnetlink as rt
 from pycopy.errors import PycopyError
-
-#: "No deadline": later than any CLOCK_MONOTONIC reading.
-NEVER_NS = 1 << 62
+from pycopy.loop import NEVER_NS
 
 _UNSPECIFIED = bytes(16)
 

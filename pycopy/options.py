@@ -26,7 +26,8 @@ _EXITS = """\
 exit status:
   0  done, also after SIGINT or SIGTERM     3  this host is unfit
   1  failed at run time                     4  refused by a safety guard
-  2  wrong usage                           99  a threshold you gave was crossed
+  2  wrong usage                          130  interrupted before it was ready,
+                                               or by a second signal
 """
 
 _SIGNALS = """\
@@ -74,7 +75,7 @@ examples:
   pycopy replay -x 80-10.0.0.2:8080
       what arrives at port 80 goes to 10.0.0.2:8080 as well
   pycopy replay -x 80-10.0.0.2:8080,6379-10.0.0.2:6379 -r 10 -i eth0
-      two services, one connection in ten, from eth0 only
+      two services, one client in ten, from eth0 only
   pycopy replay -x 80-10.0.0.2:8080 -s 10.0.0.3 -c 62.135.200.x
       clients appear as 62.135.200.x; intercept runs on the assistant 10.0.0.3,
       and the target has a route: ip route add 62.135.200.0/24 via 10.0.0.3
@@ -137,7 +138,6 @@ INTERCEPT_REFUSED = {
     "-s": ("the hash size", "leave it out: tables grow as needed, within bounds"),
     "-D": ("the docker address pair", f"{_NOT_YET}; intercept inside the container's network"),
     "-c": ("protection of the first connection", "leave it out: several replays share intercept"),
-    "-t": ("nothing in the original either", "leave it out"),
 }
 
 
@@ -174,6 +174,8 @@ class Parser(argparse.ArgumentParser):
         name = word.partition("=")[0]
         known = [known for known in self._option_string_actions if known.startswith("--")]
         near = difflib.get_close_matches(name, known, n=1) if name.startswith("--") else []
+        if name == "-V":
+            near = ["-v"]
         raise UsageError(
             f"unknown option {name}",
             f"did you mean {near[0]}?" if near else f"'{self.prog} --help' lists them all",
@@ -222,7 +224,7 @@ def replay_parser() -> Parser:
     what.add_argument(
         "-F", "--filter", metavar="EXPR", help="only what this pcap-filter(7) expression takes"
     )
-    what.add_argument("-r", "--sample", metavar="PERCENT", help="share of the connections (100)")
+    what.add_argument("-r", "--sample", metavar="PERCENT", help="share of the clients (100)")
     what.add_argument(
         "-g", "--ramp", action="store_true", help="start at 1 percent, one more every second"
     )
@@ -231,6 +233,11 @@ def replay_parser() -> Parser:
         "--full-sessions-only",
         action="store_true",
         help="only connections whose SYN was seen",
+    )
+    what.add_argument(
+        "--forwarded",
+        action="store_true",
+        help="also what is not addressed to this host: on a gateway or a mirror port",
     )
     what.add_argument(
         "--hook", metavar="tc|xdp", help="tc (default) or xdp (attaching resets some NICs)"
@@ -259,7 +266,7 @@ def replay_parser() -> Parser:
         "--ports", metavar="A-B", help="without -s: local ports to use, outside the ephemeral range"
     )
     how.add_argument(
-        "-L", "--lonely", action="store_true", help="go on, and retry, when intercepts are lost"
+        "-L", "--lonely", action="store_true", help="start even if no intercept can be reached yet"
     )
 
     pace = parser.add_argument_group("pace and limits")
@@ -399,7 +406,12 @@ def _add_process(parser: Parser, command: str, ring: str) -> None:
     group.add_argument(
         "--interval", metavar="S", help="seconds between report lines (10), off a terminal"
     )
-    group.add_argument("-q", "--quiet", action="store_true", help="nothing but the summary")
+    group.add_argument(
+        "-q",
+        "--quiet",
+        action="store_true",
+        help="nothing but the ready line, warnings and the summary",
+    )
     group.add_argument("--ring", metavar="SIZE", help=f"of the kernel's ring buffer ({ring})")
     _add_help(group)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from pycopy import pcapfilter
 from pycopy.channel import Placement
-from pycopy.config import endpoint, map_address, unmap_address
+from pycopy.config import map_address, unmap_address
 
 #: Any client: documentation addresses (RFC 5737, RFC 3849), which nobody has.
 _CLIENTS = (
@@ -40,7 +40,7 @@ def choose(
     found = _selected(expression, listeners, own)
     if found is not None:
         return Placement.TARGET, (
-            f"the filter selects answers of {endpoint(*found)}, which listens on this host; "
+            f"the filter selects answers of port {found[1]}, on which this host listens; "
             "--at assistant overrules"
         )
     return Placement.ASSISTANT, (

@@ -11,13 +11,17 @@ _WORDS = struct.Struct("!4I")
 _ANY = bytes(16)
 
 
-def services_prelude(services: Iterable[tuple[bytes | None, int]]) -> str:
-    """PYCOPY_SERVICES: ``S(index, any, port, w0, w1, w2, w3)`` for each online (address, port).
+def services_prelude(
+    services: Iterable[tuple[bytes | None, int]], forwarded: bool = False
+) -> str:
+    """PYCOPY_SERVICES: ``S(index, whose, port, w0, w1, w2, w3)`` for each online (address, port).
 
-    An address of None stands for every address of the host.
+    An address of None stands for every address of this host, or, ``forwarded``, of any.
     """
+    whose = "PYCOPY_ANYBODYS" if forwarded else "PYCOPY_OWN"
     entries = [
-        f"S({index}, {int(address is None)}, {port}, {_words(address or _ANY)})"
+        f"S({index}, {whose if address is None else 'PYCOPY_GIVEN'}, {port},"
+        f" {_words(address or _ANY)})"
         for index, (address, port) in enumerate(services)
     ]
     return _x_macro("PYCOPY_SERVICES", entries)

@@ -8,11 +8,10 @@ traffic (next hop, intercept, capture), so that nothing is captured before it ca
 replayed; shutdown goes the other way.
 """
 
+import contextlib
 import random
 import signal
-import sys
 import time
-from collections.abc import Callable
 from functools import partial
 
 from pycopy import daemon, selfports
@@ -22,18 +21,20 @@ from pycopy.channel import Count as ChannelCount
 from pycopy.channel import Hello, InterceptClient
 from pycopy.claims import range_of
 from pycopy.config import ReplayConfig, endpoint
-from pycopy.devices import find_devices
+from pycopy.devices import Device, find_devices, local_addresses
 from pycopy.egress import Egress
-from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
-from pycopy.ledger import Fate, Ledger
-from pycopy.loop import READ, Loop
+from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError, UsageError
+from pycopy.ledger import Count, Fate, Ledger
+from pycopy.loop import NEVER_NS, READ, Loop
+from pycopy.messages import say
 from pycopy.nexthop import NextHops
 from pycopy.session.addresses import Addresses, KeptAddresses, PooledAddresses, SelfPorts
-from pycopy.session.rules import SECOND, Rules
+from pycopy.session.rules import MS, SECOND, Rules
+from pycopy.session.states import Outcome
 from pycopy.session.table import Table
 from pycopy.signals import Signals
 from pycopy.sources import live
-from pycopy.sources.live import Tap
+from pycopy.sources.live import SelfIntercept, Tap
 from pycopy.view import View
 
 #: Records taken from a ring before timers and the other inputs get their turn.
@@ -47,14 +48,22 @@ COALESCE_NS = 300_000
 HOUSEKEEPING_NS = SECOND
 #: How long a clean end waits for what is held and in flight.
 DRAIN_NS = 5 * SECOND
+#: How often it looks whether sessions are still busy: that reads them all.
+BUSY_NS = 10 * MS
 #: After the last session is quiet: time for a captured segment to reach us.
 SETTLE_NS = SECOND // 5
 START_TIMEOUT_S = 5.0
-
-
-def say(text: str) -> None:
-    """One line to the user, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+#: Why segments are not sent, in the ledger, beside the names of errno.
+NO_INTERCEPT = "NO_INTERCEPT"
+#: SYNs without any answer for so long are worth a word.
+SILENCE_NS = 3 * SECOND
+NO_ANSWER_HINTS = (
+    "is the intercept on the right device (-i), does its filter select the target's port, has\n"
+    "  the target a route for the clients' addresses (ip route get CLIENT), is its rp_filter 0?"
+)
+NO_ANSWER_HINTS_SELF = (
+    "does the target accept connections from this host (curl), is a firewall in between?"
+)
 
 
 class Replay:
@@ -65,7 +74,11 @@ class Replay:
         self.ledger = Ledger()
         self._loop = Loop()
         self._captures: list[Tap] = []
+        self._self: SelfIntercept | None = None
+        self._first_syn_ns = 0
+        self._warned_of_silence = False
         self._intercepts: list[Tap] = []
+        self._local_addresses: set[bytes] = set()
         self._clients: list[InterceptClient] = []
         self._hops = NextHops(on_change=self._on_hop_change)
         self._egress = Egress(self._hops, self.ledger, config.mtu)
@@ -75,11 +88,17 @@ class Replay:
         self._woken_ns = 0
         self._draining = False
         self._stopping = False
+        self._finished = False
+        #: Not every intercept is connected: answers could reach real clients.
+        self._cut_off = False
+        self._out_of_memory = False
+        self.view = View(self.snapshot, config.interval_s, config.quiet, config.json)
         self._signals = Signals(
             self._loop,
             self._stop,
-            {signal.SIGUSR1: self._print_ledger, signal.SIGHUP: daemon.reopen_log},
+            {signal.SIGUSR1: self._print_ledger, signal.SIGHUP: daemon.hang_up(self._stop)},
         )
+        self._signals.at_once = True
 
     # -- start ----------------------------------------------------------------------------
 
@@ -118,6 +137,7 @@ class Replay:
         config = self.config
         if not config.intercepts:
             self._self_ports = selfports.choose_range(config.self_ports)
+            selfports.hold_range(self._self_ports)
             ports = selfports.choose_ports(self._self_ports)
             return SelfPorts(ports, lambda target: self._hops.resolve(target).source)
         if config.client_pool:
@@ -125,13 +145,27 @@ class Replay:
         return KeptAddresses()
 
     def _intercept_self(self) -> None:
-        ifnames = sorted({self._hops.resolve(addr).ifname for addr, _ in self._targets})
-        ring_bytes = min(self.config.ring_bytes, RESPONSE_RING_BYTES)
-        self._intercepts = live.self_intercept(
-            find_devices(ifnames), self._targets, self._self_ports, ring_bytes
-        )
-        for tap in self._intercepts:
+        config = self.config
+        self._self = SelfIntercept(
+            self._targets, self._self_ports, min(config.ring_bytes, RESPONSE_RING_BYTES),
+            config.max_sessions,
+        )  # fmt: skip
+        self._intercepts = self._self.taps
+        self.table.on_claim = self._self.claim
+        self.table.on_release = self._self.release
+        self._cover(find_devices([]))
+        self._cover_ways_out()
+
+    def _cover(self, devices: list[Device]) -> None:
+        """Swallow our copies' answers on ``devices`` as well."""
+        assert self._self is not None
+        for tap in self._self.cover(devices):
             self._loop.add(tap.ring.fileno(), READ, partial(self._on_response_ring, tap))
+
+    def _cover_ways_out(self) -> None:
+        """The devices towards the targets count among them even without an address."""
+        hops = [self._hops.resolve(addr) for addr, _ in self._targets]
+        self._cover(find_devices(sorted({hop.ifname for hop in hops if hop.usable})))
 
     def _connect_intercepts(self) -> None:
         config = self.config
@@ -141,6 +175,7 @@ class Replay:
             client = InterceptClient(
                 address, hello, self._loop,
                 on_records=self._on_records, on_state=say,
+                on_connected=self._on_connected, on_bye=self._on_bye,
                 live_claims=lambda: tuple(self.table.by_target),
             )  # fmt: skip
             self._clients.append(client)
@@ -148,6 +183,7 @@ class Replay:
                 client.start()
             else:
                 client.connect_blocking(START_TIMEOUT_S)
+        self._open_or_close()
         self.table.on_claim = self._claim
         self.table.on_release = self._release
 
@@ -156,7 +192,10 @@ class Replay:
         services = [(each.online_addr, each.online_port) for each in config.services]
         devices = find_devices(config.interfaces)
         hook = Hook.XDP if config.hook == "xdp" else Hook.TC_INGRESS
-        self._captures = live.capture(devices, services, hook, config.filter, config.ring_bytes)
+        self._captures = live.capture(
+            devices, services, hook, config.filter, config.ring_bytes, config.forwarded
+        )
+        self._local_addresses = local_addresses()
         for tap in self._captures:
             self._loop.add(tap.ring.fileno(), READ, partial(self._on_capture_ring, tap))
             for attachment in tap.attachments:
@@ -197,6 +236,47 @@ class Replay:
         for segment in records:
             on_target(segment, now_ns)
 
+    def _on_connected(self, client: InterceptClient) -> None:
+        if client.connected:
+            self._drop_twin(client)
+        self._open_or_close()
+
+    def _drop_twin(self, client: InterceptClient) -> None:
+        """One intercept under two addresses would take each connection for the other's end."""
+        others = (other for other in self._clients if other is not client)
+        twin = next((other for other in others if other.instance == client.instance), None)
+        if twin is None:
+            return
+        first, second = sorted((client, twin), key=self._clients.index)
+        if self._signals.at_once and not self.config.lonely:
+            raise UsageError(
+                f"-s: {first.name} and {second.name} are one and the same intercept",
+                "name each intercept once",
+            )
+        self._clients = [other for other in self._clients if other is not second]
+        second.close()
+        say(f"intercept {second.name} is {first.name} by another address: left out")
+
+    def _on_bye(self) -> None:
+        """An intercept is about to leave: the last moment at which answers are swallowed.
+
+        The target forgets the copies, or it would go on answering them, to real clients.
+        """
+        self.table.end_all(
+            time.monotonic_ns(), Outcome.INTERCEPT_ENDED, Fate.REFUSED_NO_INTERCEPT
+        )
+        self._egress.flush(self.table.outbox)
+
+    def _open_or_close(self) -> None:
+        """Say whether sessions may be opened now, and whether anything may be sent."""
+        self._cut_off = not all(client.connected for client in self._clients)
+        if self._out_of_memory:
+            self.table.closed_for = Fate.REFUSED_MEMORY_LIMIT
+        elif self._cut_off:
+            self.table.closed_for = Fate.REFUSED_NO_INTERCEPT
+        else:
+            self.table.closed_for = None
+
     def _claim(self, key: bytes) -> None:
         for client in self._clients:
             client.claim(key)
@@ -207,14 +287,11 @@ class Replay:
 
     def _on_hop_change(self, hop: object) -> None:
         """A route may have moved to a device where nothing swallows the responses yet."""
-        for tap in self._intercepts:
-            for addr, port in self._targets:
-                there = self._hops.resolve(addr)
-                if there.usable and not tap.on(there.ifname):
-                    try:
-                        tap.attach(there.ifname)
-                    except PycopyError as error:
-                        say(f"responses from {endpoint(addr, port)}: {error}")
+        if self._self is not None and self._intercepts:
+            try:
+                self._cover_ways_out()
+            except PycopyError as error:
+                say(f"responses may go unseen: {error}")
 
     # -- the loop -------------------------------------------------------------------------
 
@@ -223,40 +300,52 @@ class Replay:
 
     def run(self) -> None:
         """Copy until told to stop, then drain."""
+        self._signals.at_once = False
         while not self._stopping:
-            self._turn(time.monotonic_ns())
+            self._turn()
         self._draining = True
         for tap in self._captures:
             tap.detach()
         until_ns = time.monotonic_ns() + DRAIN_NS
-        settled_ns = time.monotonic_ns() + SETTLE_NS
-        while time.monotonic_ns() < until_ns:
-            now_ns = time.monotonic_ns()
-            pending = sum(tap.ring.pending_bytes() for tap in self._captures)
-            if pending or self.table.busy():
+        now_ns = look_ns = time.monotonic_ns()
+        settled_ns = now_ns + SETTLE_NS
+        busy = 0
+        while now_ns < until_ns:
+            if now_ns >= look_ns:
+                look_ns = now_ns + BUSY_NS
+                busy = self.table.busy()
+            if busy or any(tap.ring.pending_bytes() for tap in self._captures):
                 settled_ns = now_ns + SETTLE_NS
             elif now_ns >= settled_ns:
                 break
-            self._turn(now_ns, until_ns=now_ns + SETTLE_NS // 4)
+            self._turn(now_ns + SETTLE_NS // 4)
+            now_ns = time.monotonic_ns()
 
-    def _turn(self, now_ns: int, until_ns: int | None = None) -> None:
+    def _turn(self, until_ns: int = NEVER_NS) -> None:
+        """Wait for what comes next, but not beyond ``until_ns``, and handle it."""
         table = self.table
+        now_ns = time.monotonic_ns()
         if now_ns >= self._housekeeping_at:
             self._housekeeping_at = now_ns + HOUSEKEEPING_NS
             self._housekeep()
-        if now_ns >= table.deadline_ns():
+        table_ns = table.deadline_ns()
+        if now_ns >= table_ns:
             table.on_time(now_ns)
             self._send()
-        rest_ns = self._woken_ns + COALESCE_NS - now_ns
+            table_ns = table.deadline_ns()
+        clients_ns = min((client.deadline_ns for client in self._clients), default=NEVER_NS)
+        hops_ns = self._hops.deadline_ns
+        # The clock again: timers and sending may have taken the time that is left.
+        rest_ns = self._woken_ns + COALESCE_NS - time.monotonic_ns()
         if rest_ns > 0:
             time.sleep(rest_ns / 1e9)
-        self._loop.wait(min(self._deadline_ns(), until_ns or self._housekeeping_at))
-        self._woken_ns = time.monotonic_ns()
-        for client in self._clients:
-            if client.deadline_ns <= self._woken_ns:
-                client.on_timer(self._woken_ns)
-        if self._hops.deadline_ns <= self._woken_ns:
-            self._hops.tick(self._woken_ns)
+        self._loop.wait(min(until_ns, self._housekeeping_at, table_ns, clients_ns, hops_ns))
+        self._woken_ns = now_ns = time.monotonic_ns()
+        if now_ns >= clients_ns:
+            for client in self._clients:
+                client.on_timer(now_ns)
+        if now_ns >= hops_ns:
+            self._hops.tick(now_ns)
         self._send()
 
     def _send(self) -> None:
@@ -264,19 +353,17 @@ class Replay:
         for client in self._clients:
             client.flush()
         outbox = self.table.outbox
-        if outbox:
+        if outbox and self._cut_off:
+            # Lost on the way, for the sessions: TCP repairs it once the intercept is back.
+            errors = self.ledger.send_errors
+            errors[NO_INTERCEPT] = errors.get(NO_INTERCEPT, 0) + len(outbox)
+            outbox.clear()
+        elif outbox:
             self._egress.flush(outbox)
-
-    def _deadline_ns(self) -> int:
-        deadline_ns = min(
-            self._housekeeping_at, self.table.deadline_ns(), self._hops.deadline_ns
-        )
-        for client in self._clients:
-            deadline_ns = min(deadline_ns, client.deadline_ns)
-        return deadline_ns
 
     def _housekeep(self) -> None:
         self._refresh_counters()
+        self._notice_silence()
         if not self._draining:
             for tap in self._captures:
                 for ifname in tap.lose_dead():
@@ -285,13 +372,40 @@ class Replay:
                 raise PycopyError(
                     "every interface that was captured is gone", "start pycopy again once it is back"
                 )
-        table = self.table
-        if self.config.memory_mb and live.rss_bytes() > self.config.memory_mb << 20:
-            table.closed_for = Fate.REFUSED_MEMORY_LIMIT
-        elif self._clients and not any(client.connected for client in self._clients):
-            table.closed_for = Fate.REFUSED_NO_INTERCEPT
-        else:
-            table.closed_for = None
+            self._watch_host()
+        limit_mb = self.config.memory_mb
+        self._out_of_memory = bool(limit_mb) and live.rss_bytes() > limit_mb << 20
+        self._open_or_close()
+
+    def _notice_silence(self) -> None:
+        """Nothing at all comes back: the commonest fault, and the ledger balances all the same."""
+        counts, now_ns = self.ledger.counts, time.monotonic_ns()
+        if self._warned_of_silence or counts[Count.RESPONSES]:
+            return
+        if not counts[Count.SENT_SYN]:
+            self._first_syn_ns = now_ns
+        elif now_ns - self._first_syn_ns >= SILENCE_NS:
+            self._warned_of_silence = True
+            targets = ", ".join(sorted({endpoint(*target) for target in self._targets}))
+            say(f"no answer yet from {targets} to {counts[Count.SENT_SYN]} SYNs")
+            say(f"  {NO_ANSWER_HINTS if self._clients else NO_ANSWER_HINTS_SELF}")
+
+    def _watch_host(self) -> None:
+        """Addresses and devices come and go while we run."""
+        for tap in self._captures:
+            known = live.name_local_addresses(tap, self._local_addresses)
+        self._local_addresses = known
+        if self._self is None:
+            return
+        self._self.forget_released()
+        for tap in self._intercepts:
+            for ifname in tap.lose_dead():
+                say(f"{ifname} is gone; responses are awaited on the other devices")
+        try:
+            self._cover(find_devices([]))
+            self._cover_ways_out()
+        except PycopyError as error:
+            say(f"responses may go unseen: {error}")
 
     def _refresh_counters(self) -> None:
         ledger = self.ledger
@@ -318,6 +432,7 @@ class Replay:
         for tap in self._captures + self._intercepts:
             self._count_rest(tap)
         self._refresh_counters()
+        self._finished = True
 
     def _count_rest(self, tap: Tap) -> None:
         """What is left in a ring when the run ends still gets its fate."""
@@ -337,24 +452,23 @@ class Replay:
         """For the view: the ledger, and whether it balances."""
         sections = self.ledger.snapshot()
         sections["process"] = {"rss_mb": live.rss_bytes() >> 20}
-        if self._draining:
+        if self._finished:
             sections["segments"]["balanced"] = "no" if self.ledger.balance() else "yes"
         return sections
 
     def _print_ledger(self) -> None:
         self._refresh_counters()
-        View(self.snapshot).summary(sys.stderr)
+        self.view.summary()
 
     def close(self) -> None:
         """Undo everything, in reverse order; safe after a failed start."""
-        closers: list[Callable[[], None]] = [tap.close for tap in self._captures]
-        closers += [client.close for client in self._clients]
-        closers += [tap.close for tap in self._intercepts]
-        closers += [self._egress.close, self._hops.close, self._signals.close, self._loop.close]
-        for tap in self._captures + self._intercepts:
-            self._loop.remove(tap.ring.fileno())
-        for close in closers:
-            close()
+        with contextlib.ExitStack() as last_first:
+            for close in (self._loop, self._signals, self._hops, self._egress):
+                last_first.callback(close.close)
+            for each in (*self._intercepts, *self._clients, *self._captures):
+                last_first.callback(each.close)
+            for tap in self._captures + self._intercepts:
+                last_first.callback(self._loop.remove, tap.ring.fileno())
 
 
 def _sum(taps: list[Tap], number: int) -> list[int]:
@@ -367,22 +481,27 @@ def _sum(taps: list[Tap], number: int) -> list[int]:
 def run(config: ReplayConfig) -> int:
     """Run until stopped; return the exit status. Raises PycopyError when start-up fails."""
     replay = Replay(config)
-    view = View(replay.snapshot, config.interval_s, config.quiet, config.json)
+    failure = None
     try:
         replay.start()
         say(replay.banner())
         daemon.ready()
-        view.start()
-        replay.run()
+        replay.view.start()
+        try:
+            replay.run()
+        except PycopyError as error:
+            failure = error  # accounts first
         replay.finish()
-        view.stop()
-        view.summary(sys.stdout if config.json else sys.stderr)
+        replay.view.stop()
+        replay.view.summary()
         wrong = replay.ledger.balance()
         for sentence in wrong:
             say(f"pycopy: the ledger does not balance: {sentence}")
+        if failure is not None:
+            raise failure
         return EXIT_FAILED if wrong else EXIT_OK
     finally:
-        view.stop()
+        replay.view.stop()
         replay.close()
 
 

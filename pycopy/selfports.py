@@ -6,9 +6,13 @@ are not bound: a production service that starts later and wants one must get it,
 answers of the targets themselves to these ports are ever swallowed.
 """
 
+import fcntl
+import os
 from pathlib import Path
 
 from pycopy.errors import PycopyError, UsageError
+
+_LOCK_DIR = Path("/run/pycopy")
 
 LOWEST = 10_000
 HIGHEST = 65_535
@@ -51,6 +55,26 @@ def choose_range(wanted: tuple[int, int] | None) -> tuple[int, int]:
             "narrow net.ipv4.ip_local_port_range, or use another placement of the intercept (-s)",
         )
     return best
+
+
+def hold_range(ends: tuple[int, int]) -> int:
+    """Keep other replays of this network namespace off the range, until the process ends.
+
+    Byte N of a lock file stands for port N; the kernel gives the lock up with the process.
+    Returns the descriptor that holds it. Raises PycopyError if another replay has some of it.
+    """
+    _LOCK_DIR.mkdir(mode=0o755, exist_ok=True)
+    namespace = os.stat("/proc/self/ns/net").st_ino
+    lock = os.open(_LOCK_DIR / f"ports-{namespace}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, ends[1] - ends[0] + 1, ends[0])
+    except OSError:
+        os.close(lock)
+        raise PycopyError(
+            f"another replay on this host copies from ports of {ends[0]}-{ends[1]}",
+            "give each a range of its own, such as --ports 10000-19999 and --ports 20000-29999",
+        ) from None
+    return lock
 
 
 def choose_ports(ends: tuple[int, int]) -> list[int]:

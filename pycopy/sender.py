@@ -16,13 +16,12 @@ from pycopy.errors import HostUnfit
 _SOL_PACKET = 263
 _PACKET_VNET_HDR = 15
 _SO_SNDBUFFORCE = 32
-_VNET_BYTES = 10
 
 # Held by the qdisc and the driver at most, per interface; about 30 ms at 1 Gbit/s. More
 # would only hide that the link is full from the engine, which could hold back instead.
 _SNDBUF_BYTES = 4 << 20
 # When the socket is full: long enough for a fast link to send something, short enough for
-# the ring to be drained in time. One such wait per frame at most.
+# the ring to be drained in time. One such wait per interface and flush at most.
 _FULL_WAIT_MS = 1
 
 # The interface is gone: whatever comes in its place needs a new socket.
@@ -45,17 +44,20 @@ class Egress(Protocol):
 
 
 class Sender:
-    """Sends frames; ``frames``, ``bytes`` (link header included) and ``errors`` only grow."""
+    """Sends frames; ``errors`` by errno only grow."""
 
-    __slots__ = ("_opened", "_sockets", "bytes", "errors", "frames", "waits")
+    __slots__ = ("_opened", "_sockets", "_waited", "errors")
 
     def __init__(self) -> None:
         self._sockets: dict[int, socket.socket] = {}
         self._opened = False
-        self.frames = 0
-        self.bytes = 0
-        self.waits = 0
+        #: Interfaces that had their wait since :meth:`begin`.
+        self._waited: set[int] = set()
         self.errors: dict[int, int] = {}
+
+    def begin(self) -> None:
+        """A new flush: a full interface is waited for once more."""
+        self._waited.clear()
 
     def send(
         self, hop: Egress, header: memoryview | bytes, payload: bytes | memoryview | None = None
@@ -66,11 +68,12 @@ class Sender:
         """
         try:
             sock = self._sockets.get(hop.ifindex) or self._open(hop.ifindex)
-            sent = sock.sendmsg((header, payload)) if payload else sock.send(header)
+            if payload:
+                sock.sendmsg((header, payload))
+            else:
+                sock.send(header)
         except OSError as problem:
             return self._failed(hop.ifindex, header, payload, problem.errno or errno.EIO)
-        self.frames += 1
-        self.bytes += sent - _VNET_BYTES
         return 0
 
     def open(self, hop: Egress) -> None:
@@ -127,22 +130,19 @@ class Sender:
         code: int,
     ) -> int:
         sock = self._sockets.get(ifindex)
-        if code == errno.EAGAIN and sock is not None:
+        if code == errno.EAGAIN and sock is not None and ifindex not in self._waited:
             # The socket's share of the queue is used up. One short wait is back-pressure on
             # the whole loop, which is right: whoever fills the link should read less of the
             # ring. Then one more try, whatever poll said: it reports room only at half empty.
-            self.waits += 1
+            self._waited.add(ifindex)
             poll = select.poll()
             poll.register(sock, select.POLLOUT)
             poll.poll(_FULL_WAIT_MS)
             try:
-                sent = sock.sendmsg((header, payload) if payload else (header,))
+                sock.sendmsg((header, payload) if payload else (header,))
+                return 0
             except OSError as problem:
                 code = problem.errno or errno.EIO
-            else:
-                self.frames += 1
-                self.bytes += sent - _VNET_BYTES
-                return 0
         if code in _GONE and sock is not None:
             del self._sockets[ifindex]
             sock.close()

@@ -9,11 +9,6 @@ MASK = 0xFFFFFFFF
 _HALF = 0x80000000
 
 
-def add(a: int, n: int) -> int:
-    """``a + n``; ``n`` may be negative."""
-    return (a + n) & MASK
-
-
 def diff(a: int, b: int) -> int:
     """Signed distance ``a - b``, in -2^31 .. 2^31-1."""
     return ((a - b + _HALF) & MASK) - _HALF
@@ -21,20 +16,3 @@ def diff(a: int, b: int) -> int:
 
 def lt(a: int, b: int) -> bool:
     return (a - b) & MASK >= _HALF
-
-
-def le(a: int, b: int) -> bool:
-    return a == b or (a - b) & MASK >= _HALF
-
-
-def gt(a: int, b: int) -> bool:
-    return a != b and (a - b) & MASK < _HALF
-
-
-def ge(a: int, b: int) -> bool:
-    return (a - b) & MASK < _HALF
-
-
-def max_seq(a: int, b: int) -> int:
-    """The later of the two."""
-    return a if (a - b) & MASK < _HALF else b

@@ -1,7 +1,8 @@
 """Signals as events of the loop: INT and TERM end the program, HUP and USR1 do what they do.
 
 The first INT or TERM asks for an orderly end; a second one raises KeyboardInterrupt
-wherever the program is, so that ``finally`` still detaches. Main thread only.
+wherever the program is, so that ``finally`` still detaches; while it is starting the first
+one does so already, since there is nothing yet to end in order. Main thread only.
 """
 
 import contextlib
@@ -28,6 +29,8 @@ class Signals:
         self._on_end = on_end
         self._others = dict(others)
         self._ended = 0
+        #: Set it while starting, when no loop is running yet.
+        self.at_once = False
         self._reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._writer = writer
         self._fd_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -48,7 +51,7 @@ class Signals:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number in _ENDING:
             self._ended += 1
-            if self._ended > 1:
+            if self._ended > 1 or self.at_once:
                 raise KeyboardInterrupt
 
     def _on_readable(self, _events: int) -> None:

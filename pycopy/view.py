@@ -3,6 +3,7 @@
 Only reads: everything comes from a ``snapshot()`` of the ledger, any mapping of section to
 counter to value, drawn in a thread of its own. A section called ``familiar`` holds tcpcopy's
 names and is written the way tcpcopy writes them; ``balanced`` is a verdict wherever it stands.
+JSON goes to stdout, text to stderr, and neither ever waits for its reader (messages.py).
 rich is imported only when there is a terminal to draw on.
 """
 
@@ -14,16 +15,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
+
+from pycopy import messages
+from pycopy.frame import BALANCED, FAMILIAR, Snapshot, Value, familiar_line, picture
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-Value = int | float | str
-Snapshot = Mapping[str, Mapping[str, Value]]
-
-FAMILIAR = "familiar"
-BALANCED = "balanced"
+    from rich.text import Text
 
 _REDRAW_S = 0.25
 #: Rates are means over this many redraws.
@@ -31,7 +29,7 @@ _RATE_REDRAWS = 8
 
 
 class View:
-    """``start()`` once the program runs, ``stop()`` before it ends, then ``summary(file)``."""
+    """``start()`` once the program runs, ``stop()`` before it ends, then ``summary()``."""
 
     def __init__(
         self,
@@ -39,11 +37,14 @@ class View:
         interval_s: float = 10.0,
         quiet: bool = False,
         json: bool = False,
+        title: str = "pycopy",
     ) -> None:
+        """``title`` says what is running, on the live view's first line."""
         self._snapshot = snapshot
         self._interval_s = interval_s
         self._quiet = quiet
         self._json = json
+        self._title = title
         self._started = time.monotonic()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -67,17 +68,17 @@ class View:
             self._thread.join(timeout=2.0)
             self._thread = None
 
-    def summary(self, file: TextIO) -> None:
-        """Everything, once: text, or one JSON object on one line."""
+    def summary(self) -> None:
+        """Everything, once and now; does not wait until it is written."""
+        messages.put(self.text(), to_stdout=self._json)
+
+    def text(self) -> str:
+        """The summary: text, or one JSON object on one line."""
         snapshot = self._snapshot()
-        if self._json:
-            file.write(self._json_line("summary", snapshot))
-        else:
-            file.write(summary_text(snapshot))
-        file.flush()
+        return self._json_line("summary", snapshot) if self._json else summary_text(snapshot)
 
     def _guard(self, body: Callable[[], None]) -> None:
-        # The terminal or the pipe may be gone: then nobody is looking any more.
+        # The terminal may be gone: then nobody is looking any more.
         with contextlib.suppress(OSError, ValueError):
             body()
 
@@ -90,14 +91,11 @@ class View:
 
     def _lines(self) -> None:
         for snapshot in self._ticks(self._interval_s):
-            # One write for the whole line, whatever else is written to stderr meanwhile.
-            sys.stderr.write(f"{_utc_now()} {interval_text(snapshot)}\n")
-            sys.stderr.flush()
+            messages.say(f"{_utc_now()} {interval_text(snapshot)}")
 
     def _json_lines(self) -> None:
         for snapshot in self._ticks(self._interval_s):
-            sys.stdout.write(self._json_line("interval", snapshot))
-            sys.stdout.flush()
+            messages.put(self._json_line("interval", snapshot), to_stdout=True)
 
     def _json_line(self, event: str, snapshot: Snapshot) -> str:
         line = {
@@ -115,17 +113,43 @@ class View:
 
         console = Console(stderr=True)
         history: deque[tuple[float, Snapshot]] = deque(maxlen=_RATE_REDRAWS + 1)
-        with Live(
-            console=console,
-            auto_refresh=False,
-            transient=True,
-            redirect_stdout=sys.stdout.isatty(),
-        ) as live:
-            # A hidden cursor would stay hidden after kill -9.
-            console.show_cursor(True)
-            for snapshot in self._ticks(_REDRAW_S):
-                history.append((time.monotonic(), snapshot))
-                live.update(_live_text(history), refresh=True)
+        ticks = self._ticks(_REDRAW_S)
+        resized = True
+        while resized:
+            resized = False
+            size = console.size
+            with Live(
+                console=console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=sys.stdout.isatty(),
+            ) as live:
+                # A hidden cursor would stay hidden after kill -9.
+                console.show_cursor(True)
+                for snapshot in ticks:
+                    if console.size != size:
+                        resized = True
+                        break
+                    history.append((time.monotonic(), snapshot))
+                    live.update(self._picture(history, size.width, size.height), refresh=True)
+                if resized:
+                    live.update("")
+            if resized:
+                console.clear()  # a terminal folds old lines in its own way
+
+    def _picture(self, history: deque[tuple[float, Snapshot]], columns: int, rows: int) -> "Text":
+        from rich.text import Text
+
+        then_s, before = history[0]
+        now_s, now = history[-1]
+        # One row less, for the cursor below: what scrolls away could not be cleared.
+        lines = picture(
+            self._title, now_s - self._started, now, before, now_s - then_s, columns - 1, rows - 1
+        )
+        # Plain padded text: rich's tables cost several times more per redraw.
+        return Text("\n", no_wrap=True, overflow="crop").join(
+            Text(text, style=style) for text, style in lines
+        )
 
 
 def balanced(snapshot: Snapshot) -> bool | None:
@@ -137,7 +161,7 @@ def balanced(snapshot: Snapshot) -> bool | None:
 def interval_text(snapshot: Snapshot) -> str:
     """One line: tcpcopy's names where the snapshot has them, else all that is not zero."""
     if FAMILIAR in snapshot:
-        return ", ".join(_familiar(snapshot[FAMILIAR]))
+        return familiar_line(snapshot)
     parts = []
     for name, section in snapshot.items():
         shown = ", ".join(f"{key} {text}" for key, text in _shown(section))
@@ -199,33 +223,3 @@ def _verdict(yes: bool) -> str:
 
 def _utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _live_text(history: deque[tuple[float, Snapshot]]) -> "RenderableType":
-    from rich.columns import Columns
-    from rich.text import Text
-
-    then, before = history[0]
-    now, snapshot = history[-1]
-    elapsed_s = now - then
-    # Plain padded text: rich's tables cost several times more per redraw.
-    blocks = []
-    for name, section in snapshot.items():
-        if name == FAMILIAR:
-            continue
-        block = Text(no_wrap=True)
-        block.append(f"{name}\n", style="bold")
-        shown = list(_shown(section))
-        for key, text in shown:
-            rate = _rate(section[key], before.get(name, {}).get(key, 0), elapsed_s)
-            alarm = key == BALANCED and text == _verdict(False)
-            block.append(f"{key:<22}{text:>10}{rate:>10}\n", style="red" if alarm else "")
-        if shown:
-            blocks.append(block)
-    return Columns(blocks, padding=(0, 3))
-
-
-def _rate(value: Value, before: Value, elapsed_s: float) -> str:
-    if type(value) is not int or type(before) is not int or elapsed_s <= 0 or value == before:
-        return ""
-    return f"{(value - before) / elapsed_s:.0f}/s"

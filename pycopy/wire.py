@@ -9,13 +9,8 @@ order at this module's edge. It must not know sessions, sockets or routes.
 import struct
 from collections.abc import Sequence
 
-FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = 1, 2, 4, 8, 16, 32, 64, 128
-
 #: A frame's headers never need more: virtio 10, link 14, IPv6 40, TCP 60.
 HEADER_BYTES_MAX = 10 + 14 + 40 + 60
-#: Payload of one super-segment: the lengths in both IP headers are 16 bits, and this leaves
-#: room for headers and is a round number.
-PAYLOAD_BYTES_MAX = 60_000
 
 _VNET_BYTES = 10
 _NEEDS_CSUM = 1
@@ -144,8 +139,7 @@ def write_frame(
 
     ``buffer`` has room for HEADER_BYTES_MAX and keeps garbage after the header. With more
     than ``mss`` bytes of payload it is a super-segment, which the kernel cuts (FIN and PSH
-    go to the last piece). A length that does not fit its 16 bits raises struct.error: the
-    caller cuts at PAYLOAD_BYTES_MAX.
+    go to the last piece). A length that does not fit its 16 bits raises struct.error.
     """
     options_bytes = len(options)
     if l2 is not flow._l2 or options_bytes != flow._options_bytes:

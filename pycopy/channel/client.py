@@ -24,7 +24,6 @@ from pycopy.channel.codec import (
     Frame,
     Hello,
     Ping,
-    Placement,
     Pong,
     Progress,
     ProtocolError,
@@ -64,7 +63,11 @@ class Count(IntEnum):
 
 
 class InterceptClient:
-    """``on_records`` gets each batch; ``on_state`` one line when the connection comes or goes."""
+    """``on_records`` gets each batch; ``on_state`` one line when the connection comes or goes.
+
+    ``on_connected`` is called at once when :attr:`connected` changes: while it is not, nobody
+    swallows responses. ``on_bye``: the intercept is about to leave; until it returns, they are.
+    """
 
     def __init__(
         self,
@@ -74,6 +77,8 @@ class InterceptClient:
         *,
         on_records: Callable[[list[Segment]], None],
         on_state: Callable[[str], None],
+        on_connected: Callable[["InterceptClient"], None] = lambda client: None,
+        on_bye: Callable[[], None] = lambda: None,
         live_claims: Callable[[], Iterable[bytes]] = tuple,
     ) -> None:
         self.host, self.port = address
@@ -82,6 +87,8 @@ class InterceptClient:
         self._loop = loop
         self._on_records = on_records
         self._on_state = on_state
+        self._on_connected = on_connected
+        self._on_bye = on_bye
         self._live_claims = live_claims
         #: Resolved once, at start-up: asking a name server would stop the loop.
         self._addresses: list[tuple[socket.AddressFamily, tuple[Any, ...]]] = []
@@ -98,7 +105,8 @@ class InterceptClient:
         #: Within connect_blocking(), whose error says it all.
         self._starting = False
         self._refusal = ""
-        self.placement: Placement | None = None
+        #: Which process it is, whatever address it was reached at; 0 before the first greeting.
+        self.instance = 0
         self.counts = [0] * len(Count)
 
     @property
@@ -218,6 +226,7 @@ class InterceptClient:
             self._lose(f"refused: {frame.text}")
         elif isinstance(frame, Bye):
             self._note_total(frame.total)
+            self._on_bye()
             self._lose("pycopy intercept has been stopped there")
 
     def on_lost(self, stream: FrameStream, reason: str) -> None:
@@ -242,7 +251,7 @@ class InterceptClient:
             return
         self._state = State.READY
         self._retry_ns = _FIRST_RETRY_NS
-        self.placement = welcome.placement
+        self.instance = welcome.instance
         stream.greeting_over(codec.FROM_INTERCEPT)
         if self._said:
             self.counts[Count.RECONNECTS] += 1
@@ -250,6 +259,8 @@ class InterceptClient:
             self._said = ""
         self._changes = dict.fromkeys(self._live_claims(), True) if not self._hello.ranges else {}
         self.flush()
+        if self.connected:
+            self._on_connected(self)
 
     # --- connecting ---
 
@@ -333,7 +344,10 @@ class InterceptClient:
             self._stream.close()
             self._stream = None
         self._drop_socket()
+        was_connected = self.connected
         self._state = State.WAITING
+        if was_connected:
+            self._on_connected(self)
         self._until_ns = time.monotonic_ns() + self._retry_ns
         self._retry_ns = min(self._retry_ns * 2, _LAST_RETRY_NS)
         self._next_address += 1

@@ -177,8 +177,6 @@ _SHAPE: dict[Type, tuple[int, int, int, int]] = {
     Type.BYE: (_TOTAL.size, 0, 0, 0),
 }
 
-MAX_FRAME_BYTES = HEADER.size + max(fixed + unit * most for fixed, unit, _, most in _SHAPE.values())
-
 FROM_REPLAY = frozenset({Type.CLAIM, Type.RELEASE, Type.PING, Type.PONG, Type.BYE})
 FROM_INTERCEPT = frozenset({Type.PROGRESS, Type.PING, Type.PONG, Type.BYE})
 FIRST_FROM_REPLAY = frozenset({Type.HELLO})
@@ -198,10 +196,6 @@ class Decoder:
         self.accepts = accepts
         self._buffer = bytearray()
         self._error = ""
-
-    @property
-    def buffered_bytes(self) -> int:
-        return len(self._buffer)
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """The frames that ``data`` completes; iterate to the end before feeding again."""

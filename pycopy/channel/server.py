@@ -31,7 +31,7 @@ from pycopy.channel.codec import (
 from pycopy.channel.listen import listen
 from pycopy.channel.routes import Routes
 from pycopy.channel.stream import FrameStream
-from pycopy.loop import READ, Loop
+from pycopy.loop import NEVER_NS, READ, Loop
 
 DEFAULT_PORT = 36524
 MAX_REPLAYS = 64
@@ -39,9 +39,6 @@ MAX_REPLAYS = 64
 MAX_STRANGERS = 64
 #: Unsent bytes a replay may have; what comes on top is dropped and counted.
 MAX_UNSENT_BYTES = 8 * 1024 * 1024
-
-#: Later than any deadline (the caller's own tick is what bounds its wait then).
-NEVER_NS = 1 << 62
 
 #: Where ``pycopy_key`` and its client address lie in a record.
 _KEY_AT = SEGMENT_BYTES - 32 - 36
@@ -118,6 +115,7 @@ class ChannelServer:
         self._log = log
         self._complained_ns = 0
         self._complaints_unsaid = 0
+        self._closing = False
         self._strangers: dict[Replay, None] = {}
         self._replays: dict[Replay, None] = {}
         self.routes: Routes[Replay] = Routes()
@@ -204,6 +202,8 @@ class ChannelServer:
 
     def on_frame(self, stream: FrameStream, frame: Frame) -> None:
         assert isinstance(stream, Replay)
+        if self._closing and not isinstance(frame, Bye):
+            return
         if isinstance(frame, Claim | Release):
             if stream.ranged:
                 raise ProtocolError("a replay that named its ranges claims sessions")
@@ -222,6 +222,8 @@ class ChannelServer:
         if stream in self._strangers:
             self._show_out(stream, Visit.NO_HELLO, "")
             self._complain(f"{stream.name} connected but said no HELLO: {reason}")
+        elif self._closing:
+            self._show_out(stream, Visit.LEFT, "")
         else:
             self._show_out(stream, Visit.LOST, "")
             self._log(f"replay {stream.name} is lost: {reason}")
@@ -293,18 +295,23 @@ class ChannelServer:
                 replay.on_timer(now_ns)
 
     def close(self, patience_s: float = 1.0) -> None:
-        """Stop listening, send what is queued to replays that still read, say BYE."""
+        """Stop listening, say BYE behind what is queued, and run the loop until every replay
+        has left: what they still cause is for nobody, and has to be swallowed."""
         if self._listener.fileno() < 0:
             return
+        self._closing = True
         self._loop.remove(self._listener.fileno())
         self._listener.close()
-        until_ns = time.monotonic_ns() + int(patience_s * 1e9)
-        while any(r.unsent_bytes for r in self._replays) and time.monotonic_ns() < until_ns:
-            self._loop.wait(until_ns)
         for replay in list(self._strangers):
             self._show_out(replay, Visit.NO_HELLO, "")
         for replay in list(self._replays):
-            replay.close(Bye(replay.total).encode())
+            self.routes.remove(replay)
+            replay.send(Bye(replay.total).encode())
+            replay.flush()
+        until_ns = time.monotonic_ns() + int(patience_s * 1e9)
+        while self._replays and time.monotonic_ns() < until_ns:
+            self._loop.wait(until_ns)
+        for replay in list(self._replays):
             self._show_out(replay, Visit.LEFT, "")
 
     def snapshot(self) -> dict[str, dict[str, int]]:

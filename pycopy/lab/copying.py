@@ -75,6 +75,12 @@ class Program:
         return path.read_text(errors="replace") if path.exists() else ""
 
     @property
+    def output(self) -> str:
+        """What it wrote to stdout so far."""
+        path = self._dir / "out"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    @property
     def pid(self) -> int:
         assert self.process is not None
         return self.process.pid
@@ -165,6 +171,13 @@ class Copying:
     @property
     def programs(self) -> list[Program]:
         return [*self.intercepts, *self.replays]
+
+    def commands(self) -> list[tuple[str, str]]:
+        """Host and command line of everything that :meth:`start` does, in that order."""
+        lines = [(program.role, str(program)) for program in self.programs]
+        if self.placement is Placement.ASSISTANT:
+            lines.insert(0, ("target", shlex.join(self.lab.route_command(self._route))))
+        return lines
 
     def __enter__(self) -> "Copying":
         try:

@@ -13,6 +13,7 @@ import hashlib
 import heapq
 import ipaddress
 import json
+import os
 import select
 import socket
 import struct
@@ -298,7 +299,7 @@ class Load:
         if self.rate:
             connection._started_s = self.start_s + plan.dues[0]
         if status not in (0, errno.EINPROGRESS):
-            self._failed(connection, errno.errorcode.get(status, str(status)))
+            self._failed(connection, os.strerror(status).lower())
             return
         self._connections[sock.fileno()] = connection
         self._epoll.register(sock, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
@@ -308,7 +309,7 @@ class Load:
         if connection.state is _State.CONNECTING:
             status = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if status:
-                raise OSError(status, errno.errorcode.get(status, ""))
+                raise OSError(status, os.strerror(status))
             if not events & select.EPOLLOUT:
                 return
             connection.connected(now_s)
@@ -323,7 +324,7 @@ class Load:
         try:
             action(*arguments)
         except OSError as error:
-            self._failed(connection, error.strerror or str(error))
+            self._failed(connection, (error.strerror or str(error)).lower())
 
     def _result(self, seconds: float) -> dict[str, object]:
         ordered = sorted(self._latencies_s)

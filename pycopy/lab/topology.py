@@ -9,20 +9,21 @@ ends before the namespaces go.
 """
 
 import contextlib
-import ctypes
+import fcntl
 import ipaddress
 import os
+import re
 import shutil
-import signal
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, Self
 
-from pycopy.errors import HostUnfit, PycopyError
+from pycopy import guards
+from pycopy.errors import HostUnfit, PycopyError, UsageError
 
 from . import offloads as _offloads
+from . import processes, sysctls
 
 DEFAULT_NAME = "pycopy-lab"
 ROLES = ("client", "online", "target", "assistant")
@@ -35,58 +36,48 @@ _NUMBERS = {"client": 1, "online": 2, "target": 3, "assistant": 4, "online2": 5}
 _FIRST_HOST = 10
 CLIENT_ADDRESSES = 64
 
+#: It names a directory and namespaces, which are removed by that name.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
 _STATE_DIR = Path("/run/pycopy-lab")
 _NETNS_DIR = Path("/run/netns")
-_CLONE_NEWNET = 0x40000000
 _SCOPE_LINK = 253
-_PR_SET_PDEATHSIG = 1
-
-#: Reverse path filters drop copies that carry a client's address, redirects would lead the
-#: target's responses past the assistant, and router and address noise costs determinism.
-_SYSCTLS = {
-    "net/ipv4/conf/all/rp_filter": "0",
-    "net/ipv4/conf/default/rp_filter": "0",
-    "net/ipv4/conf/all/accept_redirects": "0",
-    "net/ipv4/conf/default/accept_redirects": "0",
-    "net/ipv4/conf/all/send_redirects": "0",
-    "net/ipv4/conf/default/send_redirects": "0",
-    "net/ipv4/ip_forward": "0",
-    "net/ipv6/conf/all/disable_ipv6": "0",
-    "net/ipv6/conf/default/disable_ipv6": "0",
-    "net/ipv6/conf/all/accept_dad": "0",
-    "net/ipv6/conf/default/accept_dad": "0",
-    "net/ipv6/conf/all/accept_ra": "0",
-    "net/ipv6/conf/default/accept_ra": "0",
-    "net/ipv6/conf/all/accept_redirects": "0",
-    "net/ipv6/conf/default/accept_redirects": "0",
-    "net/ipv6/conf/default/autoconf": "0",
-    "net/ipv6/conf/default/router_solicitations": "0",
-    "net/ipv4/tcp_max_syn_backlog": "8192",
-    "net/core/somaxconn": "8192",
-}
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _setns(fd: int) -> None:
-    # os.setns exists from Python 3.12 only.
-    if _libc.setns(fd, _CLONE_NEWNET) < 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, f"setns: {os.strerror(errno)}")
-
-
-def _end_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+_CAP_SYS_ADMIN = 1 << 21
 
 
 def require_root() -> None:
     """Namespaces need CAP_SYS_ADMIN; say so before half a lab stands."""
-    if os.geteuid() != 0:
+    if os.geteuid() != 0 or not guards.effective_capabilities() & _CAP_SYS_ADMIN:
+        container = "" if os.geteuid() else "; a container must be privileged"
         raise HostUnfit(
-            "the lab makes network namespaces, which needs root", "run it again with sudo"
+            "the lab makes network namespaces, which needs root", f"run it with sudo{container}"
         )
     if shutil.which("ip") is None:
         raise HostUnfit("the lab needs the ip command", "install it: apt-get install iproute2")
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """No other process is in here meanwhile."""
+    while True:
+        _STATE_DIR.mkdir(mode=0o755, exist_ok=True)
+        try:
+            fd = os.open(_STATE_DIR, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:  # the last lab went away in between
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if not _STATE_DIR.exists() or not os.path.samestat(os.fstat(fd), _STATE_DIR.stat()):
+                continue
+            yield
+            return
+        finally:
+            os.close(fd)
+
+
+def names() -> list[str]:
+    """The labs of this machine."""
+    return sorted(path.name for path in _STATE_DIR.iterdir()) if _STATE_DIR.is_dir() else []
 
 
 class Lab:
@@ -102,6 +93,11 @@ class Lab:
         forward: bool = False,
     ) -> None:
         """``forward`` is ip_forward on the assistant; ``extra`` adds roles of EXTRA_ROLES."""
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"--name {name!r} cannot be the name of a lab",
+                "up to 64 letters, digits and _ . -, of which the first is a letter or digit",
+            )
         self.name = name
         self.roles = (*ROLES, *extra)
         self.mtu = mtu
@@ -109,6 +105,8 @@ class Lab:
         self._offloads = offloads
         self._forward = forward
         self._children: list[subprocess.Popen[bytes]] = []
+        #: Namespaces that this object made: all that a failed build may take down.
+        self._made: list[str] = []
 
     # -- names and addresses -----------------------------------------------------------
 
@@ -129,64 +127,124 @@ class Lab:
 
     def exists(self) -> bool:
         """True where anything at all of this name stands, whoever made it."""
-        return self.state_dir.exists() or any(self._namespaces_found())
+        return self.is_built() or any(self._namespaces_found())
+
+    def is_built(self) -> bool:
+        """True where there is a lab of this name, be it in parts."""
+        return self.state_dir.exists()
+
+    def command(self, action: str) -> str:
+        """What a user types to do ``action`` to this lab and no other."""
+        name = "" if self.name == DEFAULT_NAME else f" --name {self.name}"
+        return f"pycopy lab{name} {action}"
+
+    def is_here(self) -> bool:
+        """True in a process that runs on one of this lab's hosts."""
+        return processes.is_inside(self._namespace_files())
 
     # -- building and removing -----------------------------------------------------------
 
     def __enter__(self) -> Self:
-        owner = self.state_dir / "owner"
-        if owner.exists() and not _runs(owner.read_text(encoding="ascii")):
-            self.down()  # its builder was killed before it could do that
-        self.up()
-        owner.write_text(_identity(os.getpid()), encoding="ascii")
+        self._begin(for_this_process=True)
+        self._build_or_undo()
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self.down()
+        if self._owner() == processes.identity(os.getpid()):  # else it is another one by now
+            self.down()
 
     def up(self) -> None:
-        """Build it; whatever fails, nothing is left behind."""
+        """Build it, to stay when this process ends; whatever fails, nothing is left behind."""
+        self._begin(for_this_process=False)
+        self._build_or_undo()
+
+    def _begin(self, for_this_process: bool) -> None:
+        """Take the name, or say that somebody has it; of two at once only one gets it."""
         require_root()
-        if self.exists():
-            raise PycopyError(
-                f"a lab named {self.name} exists already", "remove it: pycopy lab down"
-            )
+        with _alone():
+            owner = self._owner()
+            if for_this_process and owner and not processes.runs(owner):
+                self.down()  # its builder was killed before it could do that
+            try:
+                self.state_dir.mkdir(parents=True, mode=0o700)
+            except FileExistsError:
+                user = f", in use by process {owner.split()[0]}" if owner else ""
+                wait = "wait for its end, or " if user else ""
+                raise PycopyError(
+                    f"a lab named {self.name} exists already{user}",
+                    f"{wait}remove it: {self.command('down')}",
+                ) from None
+            if for_this_process:
+                identity = processes.identity(os.getpid())
+                (self.state_dir / "owner").write_text(identity, encoding="ascii")
+
+    def _owner(self) -> str:
+        """The identity of the process that the lab ends with; empty when it stays."""
         try:
+            return (self.state_dir / "owner").read_text(encoding="ascii")
+        except OSError:
+            return ""
+
+    def _build_or_undo(self) -> None:
+        try:
+            for role in self._namespaces_found():
+                name = self.namespace(role)
+                raise PycopyError(
+                    f"there is a network namespace {name} already, of no lab",
+                    f"give the lab another --name, or remove it: ip netns delete {name}",
+                )
             self._build()
         except BaseException:
-            self.down()
+            self._remove(self._made)
             raise
 
     def down(self) -> list[str]:
-        """Remove everything of this name, most recent first; returns what was removed."""
+        """Remove the lab of this name, processes first; returns what was removed."""
+        if not self.is_built():
+            return []
+        return self._remove([self.namespace(role) for role in self._namespaces_found()])
+
+    def _remove(self, namespaces: Sequence[str]) -> list[str]:
         from pyroute2 import netns
 
-        removed = [f"process {pid}" for pid in self._end_recorded_processes()]
+        record = self.state_dir / "processes"
+        lines = record.read_text(encoding="ascii").splitlines() if record.exists() else []
+        ended = processes.kill_groups(reversed(lines))
+        ended += processes.end_inside([_NETNS_DIR / name for name in namespaces])
         for child in self._children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=5)
         self._children.clear()
-        for role in self._namespaces_found():
-            netns.remove(self.namespace(role))
-            removed.append(f"namespace {self.namespace(role)}")
-        shutil.rmtree(self.state_dir, ignore_errors=True)
+        for name in namespaces:
+            try:
+                netns.remove(name)
+            except OSError as error:
+                if (_NETNS_DIR / name).exists():  # else somebody was faster
+                    raise PycopyError(f"cannot remove the namespace {name}: {error}") from None
+        self._made = []
+        # The name was checked; this is for whoever changes that check.
+        if self.state_dir.parent == _STATE_DIR and self.state_dir.name not in ("", ".", ".."):
+            shutil.rmtree(self.state_dir, ignore_errors=True)
         with contextlib.suppress(OSError):
             _STATE_DIR.rmdir()  # only when this was the last lab
-        return removed
+        return [f"process {pid}" for pid in ended] + [f"namespace {name}" for name in namespaces]
 
     def _namespaces_found(self) -> Iterator[str]:
         for role in (*reversed(EXTRA_ROLES), *reversed(ROLES), SWITCH):
             if (_NETNS_DIR / self.namespace(role)).exists():
                 yield role
 
+    def _namespace_files(self) -> list[Path]:
+        return [_NETNS_DIR / self.namespace(role) for role in self._namespaces_found()]
+
     def _build(self) -> None:
         from pyroute2 import NetNS, netns
 
-        self.state_dir.mkdir(parents=True, mode=0o700)
         for role in (SWITCH, *self.roles):
             netns.create(self.namespace(role))
+            self._made.insert(0, self.namespace(role))
             with self.inside(role):
-                _write_sysctls(_SYSCTLS)
+                sysctls.write(sysctls.HOST)
         if self._forward:
             self.set_forwarding(True)
 
@@ -239,20 +297,20 @@ class Lab:
         try:
             there = os.open(_NETNS_DIR / self.namespace(role), os.O_RDONLY)
             try:
-                _setns(there)
+                processes.set_network(there)
             finally:
                 os.close(there)
             try:
                 yield
             finally:
-                _setns(home)
+                processes.set_network(home)
         finally:
             os.close(home)
 
     def set_forwarding(self, on: bool) -> None:
         """ip_forward of the assistant; an attached intercept must not care."""
         with self.inside("assistant"):
-            _write_sysctls(
+            sysctls.write(
                 {
                     "net/ipv4/ip_forward": str(int(on)),
                     "net/ipv6/conf/all/forwarding": str(int(on)),
@@ -268,18 +326,21 @@ class Lab:
             for role in self.roles:
                 _offloads.set_all(role, on)
 
-    def route_through_assistant(self, network: str, on: bool = True) -> None:
-        """The seeds' rule on the target: responses to ``network`` go to the assistant."""
+    def route_command(self, network: str, on: bool = True) -> list[str]:
+        """What the target is told, so that responses to ``network`` go to the assistant."""
         family = ipaddress.ip_network(network).version
-        gateway = self.address("assistant", family)
-        via = ["via", gateway]
+        via = ["via", self.address("assistant", family)]
         if network not in {self.prefix(role, family) for role in self.roles}:
             verb = "replace" if on else "delete"
         elif on:
             verb = "replace"
         else:
             verb, via = "replace", ["dev", DEVICE]
-        self.run("target", ["ip", f"-{family}", "route", verb, network, *via])
+        return ["ip", f"-{family}", "route", verb, network, *via]
+
+    def route_through_assistant(self, network: str, on: bool = True) -> None:
+        """The seeds' rule on the target: responses to ``network`` go to the assistant."""
+        self.run("target", self.route_command(network, on))
 
     # -- processes -------------------------------------------------------------------------
 
@@ -295,12 +356,12 @@ class Lab:
             command,
             env=environment(),
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=processes.end_with_parent,
             **options,  # type: ignore[call-overload]
         )
         self._children.append(child)
         with (self.state_dir / "processes").open("a", encoding="ascii") as record:
-            record.write(_identity(child.pid) + "\n")
+            record.write(processes.identity(child.pid) + "\n")
         return child
 
     def run(
@@ -323,21 +384,6 @@ class Lab:
         """Become ``argv`` on ``role``, for an interactive shell."""
         os.execvpe("ip", ["ip", "netns", "exec", self.namespace(role), *argv], environment())
 
-    def _end_recorded_processes(self) -> list[int]:
-        record = self.state_dir / "processes"
-        if not record.exists():
-            return []
-        ended = []
-        for line in reversed(record.read_text(encoding="ascii").splitlines()):
-            if _runs(line):
-                ended.append(int(line.split()[0]))
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(ended[-1], signal.SIGKILL)
-        deadline = time.monotonic() + 5
-        while any(_alive(pid) for pid in ended) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return ended
-
 
 def environment() -> dict[str, str]:
     """The environment of lab processes: this very pycopy, from a checkout or installed."""
@@ -347,34 +393,3 @@ def environment() -> dict[str, str]:
         part for part in (package_parent, env.get("PYTHONPATH", "")) if part
     )
     return env
-
-
-def _write_sysctls(values: dict[str, str]) -> None:
-    for key, value in values.items():
-        path = Path("/proc/sys", key)
-        # Kernels differ in which of these are per namespace; a missing one is not fatal.
-        if path.exists():
-            path.write_text(value, encoding="ascii")
-
-
-def _stat_fields(pid: int) -> list[str]:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return []
-    return text.rpartition(")")[2].split()
-
-
-def _identity(pid: int) -> str:
-    """Number and start time: a later process may get the same number, not both."""
-    fields = _stat_fields(pid)
-    return f"{pid} {fields[19] if fields else 0}"
-
-
-def _runs(identity: str) -> bool:
-    return bool(identity.strip()) and _identity(int(identity.split()[0])) == identity.strip()
-
-
-def _alive(pid: int) -> bool:
-    fields = _stat_fields(pid)
-    return bool(fields) and fields[0] != "Z"

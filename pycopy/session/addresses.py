@@ -7,7 +7,9 @@ what is the table's knowledge, asked through ``is_free``.
 """
 
 import ipaddress
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Protocol
 from zlib import crc32
 
@@ -27,12 +29,13 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Addresses(Protocol):
-    """``allocate`` returns a free key towards (target_addr, target_port), or None."""
+    """One of the three."""
 
     def allocate(
         self, client_addr: bytes, client_port: int, target_addr: bytes, target_port: int,
         is_free: IsFree,
-    ) -> bytes | None: ...  # fmt: skip
+    ) -> bytes | None:  # fmt: skip
+        """Return a free key towards the target's address and port, or None."""
 
 
 def _next_free(
@@ -103,17 +106,14 @@ class PooledAddresses:
     def _member(self, target_addr: bytes, number: int) -> bytes | None:
         """Return pool member ``number`` (taken round) of the target's family, 16 bytes."""
         pool = self._pools[family_of(target_addr)]
-        sizes = [usable_hosts(net) for net in pool]
-        total = sum(sizes)
+        *starts, total = accumulate(map(usable_hosts, pool), initial=0)
         if total == 0:
             return None
         number %= total
-        for net, size in zip(pool, sizes, strict=True):
-            if number < size:
-                first = 0 if size == net.num_addresses else 1
-                return mapped(net[first + number])
-            number -= size
-        return None
+        index = bisect_right(starts, number) - 1
+        net = pool[index]
+        first = 0 if usable_hosts(net) == net.num_addresses else 1
+        return mapped(net[first + number - starts[index]])
 
 
 class SelfPorts:

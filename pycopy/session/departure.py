@@ -12,7 +12,7 @@ from pycopy.session import recovery, release
 from pycopy.session.states import MAY_SEND, Event, Outcome, State
 from pycopy.session.views import NEVER, NO_POSITION, Chunk, Target
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # pragma: no cover
     from pycopy.session.session import Session
 
 #: Of a captured segment's flags, those that ours carries as well.
@@ -52,14 +52,19 @@ def _pump(session: "Session", now_ns: int) -> None:
 def _released(session: "Session", chunk: Chunk, now_ns: int) -> bool:
     """The release rule, see release.py."""
     target, rules = session.target, session.host.rules
-    if release.may_release(target, chunk) or not rules.wait_for_response:
+    if not rules.wait_for_response:
         return True
-    quiet_at = release.quiet_deadline_ns(target, rules, session.progress_ns)
+    counted = release.may_release(target, chunk)
+    if counted and not release.closes_ahead(target, chunk):
+        return True
+    deadline_ns = release.close_deadline_ns if counted else release.quiet_deadline_ns
+    quiet_at = deadline_ns(target, rules, session.progress_ns)
     if quiet_at > now_ns:
         session.quiet_at = quiet_at
         return False
-    release.forgive(target, chunk)
-    session.host.ledger.counts[Count.RELEASED_BY_QUIET] += 1
+    if not counted:
+        release.forgive(target, chunk)
+        session.host.ledger.counts[Count.RELEASED_BY_QUIET] += 1
     return True
 
 
@@ -78,7 +83,6 @@ def _move_on(session: "Session", now_ns: int) -> None:
     """Close our half, too: the client's stream goes on over another connection."""
     online = session.hand_over()
     fin = Chunk(session.target.snd_nxt, b"", FIN, 0, now_ns)
-    fin.records = 0
     transmit(session, fin, now_ns)
     session.move(Event.FIN_SENT)
     session.host.reopen(session, online, now_ns)
@@ -142,9 +146,9 @@ def _resend(session: "Session", now_ns: int) -> None:
     """Repeat what recovery.py says is missing at the target."""
     target = session.target
     start, end = recovery.next_hole(target)
-    if start >= end:
-        return
     for chunk in target.flight:
+        if start >= end:
+            break
         if chunk.end <= start:
             continue
         while start < end and start < chunk.end:
@@ -156,8 +160,6 @@ def _resend(session: "Session", now_ns: int) -> None:
             session.host.ledger.counts[Count.RETRANSMITTED] += 1
             target.resend_next = stop
             start, end = recovery.next_hole(target)
-        if start >= end:
-            return
 
 
 def take_back(target: Target) -> list[Chunk]:

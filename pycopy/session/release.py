@@ -10,6 +10,11 @@ it. It is released
    forgiven for good (``need_base``), so that the next answer is compared on its own; or
 4. at once, with -W.
 
+A close without data (FIN, RST) is in no hurry, and one that comes early cuts off what the
+target still has to say. Where the target has said *more* than the client had received, the
+count no longer tells its last answer from those before; then a close waits for quiet, too.
+(HTTP/2 servers send more or fewer frames of their own from one run to the next.)
+
 Rule 1 needs no notion of a request, so greetings, pipelining and streams need no special
 case; and where both servers answer alike it holds in the very turn in which the answer
 is complete. (The original waits 1.5 to 2 round trips after the last response segment.)
@@ -40,3 +45,14 @@ def quiet_deadline_ns(target: Target, rules: Rules, since_ns: int) -> int:
 def forgive(target: Target, chunk: Chunk) -> None:
     """Rule 3, applied: from here on the shorter answer counts as the whole one."""
     target.need_base = chunk.need - (target.rcv_nxt - 1)
+
+
+def closes_ahead(target: Target, chunk: Chunk) -> bool:
+    """True for a close that the count lets go, though the target may not have said all."""
+    ahead = chunk.need - target.need_base < target.rcv_nxt - 1
+    return ahead and not chunk.data and not target_is_over(target)
+
+
+def close_deadline_ns(target: Target, rules: Rules, since_ns: int) -> int:
+    """When such a close leaves: after a quiet while, and soon even without an answer."""
+    return min(quiet_deadline_ns(target, rules, since_ns), since_ns + rules.quiet_max_ns)

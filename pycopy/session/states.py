@@ -82,4 +82,5 @@ class Outcome(Enum):
     IDLE = "idle"  # nothing to do for too long
     QUEUE_FULL = "queue_full"  # more held than the limit allows
     SUPERSEDED = "superseded"  # the client used the port again
+    INTERCEPT_ENDED = "intercept_ended"  # pycopy intercept was stopped first
     RUN_ENDED = "run_ended"  # pycopy was stopped first

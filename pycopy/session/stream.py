@@ -6,6 +6,7 @@ Where two captures of a byte differ, the one that comes first in order wins.
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from enum import Enum, auto
 from operator import attrgetter
 
@@ -59,6 +60,8 @@ def _keep_early(online: Online, chunk: Chunk) -> Offer:
     place = bisect_right(early, chunk.pos, key=_BY_POSITION)
     if place and chunk.end <= early[place - 1].end:
         return Offer.DUPLICATE
+    if not isinstance(early, list):
+        online.early = early = []
     early.insert(place, chunk)
     online.held_bytes += len(chunk.data)
     return Offer.EARLY
@@ -73,7 +76,8 @@ def ripen(online: Online) -> int:
         online.held_bytes -= len(chunk.data)
         if offer(online, chunk) is Offer.DUPLICATE:
             repeats += 1
-    del early[:ripe]
+    if ripe:
+        online.early = early[ripe:] or ()
     return repeats
 
 
@@ -89,7 +93,7 @@ def offer_reset(online: Online, reset: Chunk) -> Offer:
     return Offer.IN_ORDER
 
 
-def next_request(early: list[Chunk]) -> int:
+def next_request(early: Sequence[Chunk]) -> int:
     """Index of the first chunk of ``early`` that surely begins a request, or their number.
 
     Surely: what the client sent right before is known, and it received something since.
@@ -101,7 +105,7 @@ def next_request(early: list[Chunk]) -> int:
     return len(early)
 
 
-def resume(online: Online, rest: list[Chunk]) -> Online:
+def resume(online: Online, rest: Sequence[Chunk]) -> Online:
     """Take ``rest`` off ``online`` and return it as a stream of its own, which begins there."""
     successor = Online(online.iss)
     successor.irs, successor.rcv_nxt = online.irs, online.rcv_nxt

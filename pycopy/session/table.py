@@ -49,7 +49,9 @@ NO_LIMIT = 0xFFFF
 _ALL_OPTIONS = OPT_MSS | OPT_WSCALE | OPT_SACK_PERM | OPT_TIMESTAMPS
 
 #: Outcomes that leave the client in the middle of something: not to be joined there.
-_MID_REQUEST = frozenset({Outcome.GAP, Outcome.QUEUE_FULL, Outcome.TARGET_SILENT})
+_MID_REQUEST = frozenset(
+    {Outcome.GAP, Outcome.QUEUE_FULL, Outcome.TARGET_SILENT, Outcome.INTERCEPT_ENDED}
+)
 
 
 class Table:
@@ -72,6 +74,8 @@ class Table:
         self._addresses = addresses
         self._services = services
         self._path_mss = path_mss
+        #: One object for each MSS in use: a hundred thousand idle sessions have few.
+        self._sizes: dict[int, int] = {}
         self._admission = Admission(rules, start_ns)
         #: (deadline, tie-breaker, session). An entry is stale unless it is the session's
         #: ``scheduled_ns``.
@@ -192,12 +196,14 @@ class Table:
         if target_key is None:
             return None
         mss = min(mss, self._path_mss(target_addr))
+        mss = self._sizes.setdefault(mss, mss)
         target = Target(online.iss, start, mss, self.rules.rto_initial_ns)
         target.options = options
         target.rcv_wscale = wscale
         family = family_of(target_addr)
         session = Session(self, key, target_key, family, service, online, target, now_ns)
-        self.by_online[key] = session
+        # The client may have begun another connection while this one is being reopened.
+        self.by_online.setdefault(key, session)
         self.by_target[target_key] = session
         self._admission.over(key)
         self.ledger.counts[Count.SESSIONS] += 1
@@ -254,7 +260,7 @@ class Table:
                 old.rcv_wscale, old.options, now_ns, self._is_unused,
             )  # fmt: skip
         if successor is None:
-            drop(online.queue + online.early, refusal or Fate.REFUSED_NO_ADDRESS, self.ledger)
+            drop((*online.queue, *online.early), refusal or Fate.REFUSED_NO_ADDRESS, self.ledger)
             self._watch(session.key, online)
             return
         self.ledger.counts[Count.REOPENED] += 1
@@ -290,9 +296,8 @@ class Table:
 
     def forget(self, session: Session) -> None:
         """There is nothing more to be done for it."""
-        if self.by_target.get(session.target_key) is session:
-            del self.by_target[session.target_key]
-            self.on_release(session.target_key)
+        del self.by_target[session.target_key]
+        self.on_release(session.target_key)
 
     # -- time -----------------------------------------------------------------------------
 
@@ -348,9 +353,26 @@ class Table:
             if session.online.queue or session.target.flight or session.online.early
         )
 
-    def end_all(self, now_ns: int) -> None:
-        """The run ends: reset what is open, so that the target is left with nothing half done."""
+    def shed(self, limit_bytes: int, now_ns: int) -> None:
+        """Hold no more than ``limit_bytes`` in all: end whole sessions, the largest first."""
+        holders = [each for each in self.by_target.values() if each.online.held_bytes]
+        held_bytes = sum(each.online.held_bytes for each in holders)
+        holders.sort(key=lambda each: each.online.held_bytes)
+        while held_bytes > limit_bytes:
+            session = holders.pop()
+            held_bytes -= session.online.held_bytes
+            session.end(Outcome.QUEUE_FULL, Fate.DROPPED_QUEUE_FULL, now_ns)
+
+    def end_all(
+        self, now_ns: int, outcome: Outcome = Outcome.RUN_ENDED,
+        fate: Fate = Fate.DROPPED_RUN_ENDED,
+    ) -> None:  # fmt: skip
+        """Nothing can be answered any more: reset what is open, so that the target is left with
+        nothing half done."""
         for session in list(self.by_target.values()):
             if session.outcome is None and session.state is not State.TIME_WAIT:
-                session.end(Outcome.RUN_ENDED, Fate.DROPPED_RUN_ENDED, now_ns)
+                if session.state is State.SYN_SENT:
+                    # Where the SYN has arrived this is acceptable (RFC 9293 3.10.7.4).
+                    session.emit_raw(RST, (session.target.iss + 1) & MASK, 0, b"", now_ns)
+                session.end(outcome, fate, now_ns)
             session.expire()

@@ -10,6 +10,8 @@ in both spaces; only what the servers sent differs.
 These are structs, not actors: the rules live in stream, release, receiving, recovery.
 """
 
+from collections.abc import Sequence
+
 from pycopy.abi import FIN
 from pycopy.seq import MASK, diff
 
@@ -91,8 +93,8 @@ class Online:
         self.queue_need = -1
         #: In order and not yet sent.
         self.queue: list[Chunk] = []
-        #: Captured beyond a gap, sorted by position.
-        self.early: list[Chunk] = []
+        #: Captured beyond a gap, sorted by position; a list once there are any.
+        self.early: Sequence[Chunk] = ()
         #: Bytes on both lists.
         self.held_bytes = 0
 

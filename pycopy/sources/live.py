@@ -6,18 +6,21 @@ zero-route mode. What the segments mean is the session engine's business.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pycopy import loader, prelude
 from pycopy.abi import Segment
 from pycopy.attach import Attachment, Hook
-from pycopy.devices import Device
+from pycopy.devices import Device, local_addresses
 from pycopy.pcapfilter import compile_filter
 from pycopy.ring import Ring
 
 #: TC_ACT_SHOT: at ingress nobody but us has seen the packet yet.
 TC_ACT_SHOT = 2
+
+#: Room in the kernel's table for copies that ended a moment ago (allocated when used).
+SPARE_SESSIONS = 1 << 17
 
 Service = tuple[bytes | None, int]
 
@@ -38,9 +41,9 @@ class Tap:
         self.attachments.append(attachment)
         return attachment
 
-    def on(self, ifname: str) -> bool:
-        """True if attached to ``ifname``."""
-        return any(each.ifname == ifname for each in self.attachments)
+    def on(self, device: Device) -> bool:
+        """True if attached to ``device``, not to a former one of the same name."""
+        return any(each.ifindex == device.ifindex for each in self.attachments)
 
     def lose_dead(self) -> list[str]:
         """Forget attachments whose interface has gone; return their names."""
@@ -104,30 +107,106 @@ def _spread(devices: Sequence[Device], make: Callable[[int], Tap]) -> list[Tap]:
 
 def capture(
     devices: Sequence[Device], services: Sequence[Service], hook: Hook, expression: str,
-    ring_bytes: int,
+    ring_bytes: int, forwarded: bool,
 ) -> list[Tap]:  # fmt: skip
-    """Capture the client segments of ``services`` on ``devices`` (bpf/capture.c)."""
+    """Capture the client segments of ``services`` on ``devices`` (bpf/capture.c).
+
+    A service without an address is any address of this host; ``forwarded``: of anybody.
+    """
 
     def make(l2_bytes: int) -> Tap:
-        text = prelude.services_prelude(services) + compile_filter(expression, l2_bytes)
-        return _tap("capture.c", l2_bytes, hook, ring_bytes, text, {})
+        text = prelude.services_prelude(services, forwarded)
+        text += compile_filter(expression, l2_bytes)
+        tap = _tap("capture.c", l2_bytes, hook, ring_bytes, text, {})
+        name_local_addresses(tap, set())
+        return tap
 
     return _spread(devices, make)
 
 
-def self_intercept(
-    devices: Sequence[Device], targets: Sequence[tuple[bytes, int]], ports: tuple[int, int],
-    ring_bytes: int,
-) -> list[Tap]:  # fmt: skip
-    """Swallow what ``targets`` send to our own ``ports`` (bpf/intercept.c, zero-route mode)."""
+def name_local_addresses(tap: Tap, known: set[bytes]) -> set[bytes]:
+    """Tell a capture which addresses are this host's now; ``known``: what it was told before."""
+    table = tap.module.maps["local_addresses"]
+    now = local_addresses()
+    for address in now - known:
+        table.update(address, b"\1")
+    for address in known - now:
+        table.delete(address)
+    return now
 
-    def make(l2_bytes: int) -> Tap:
-        text = prelude.targets_prelude(targets, *ports) + compile_filter("", l2_bytes)
-        defines = {"PYCOPY_VERDICT_SWALLOW": TC_ACT_SHOT, "PYCOPY_CHANNEL_PORT": 0}
-        return _tap("intercept.c", l2_bytes, Hook.TC_INGRESS, ring_bytes, text, defines)
 
-    return _spread(devices, make)
+class SelfIntercept:
+    """Zero-route mode: swallow what ``targets`` send to our copies (bpf/intercept.c).
 
+    On every device of this host, since answers need not come back the way copies leave.
+    A connection is swallowed from :meth:`claim` until a while after :meth:`release`, and no
+    other: what the target still says of one that is over must not make the kernel answer.
+    """
+
+    def __init__(
+        self, targets: Sequence[tuple[bytes, int]], ports: tuple[int, int], ring_bytes: int,
+        max_sessions: int,
+    ) -> None:  # fmt: skip
+        self._targets = targets
+        self._ports = ports
+        self._ring_bytes = ring_bytes
+        self._max_sessions = max_sessions
+        self._claimed: set[bytes] = set()
+        self._leaving: list[bytes] = []
+        self._gone: list[bytes] = []
+        self.taps: list[Tap] = []
+
+    def cover(self, devices: Iterable[Device]) -> list[Tap]:
+        """Attach where we are not yet; return the taps that are new."""
+        new = []
+        for device in devices:
+            tap = next((each for each in self.taps if each.l2_bytes == device.l2_bytes), None)
+            if tap is None:
+                tap = self._make(device.l2_bytes)
+                self.taps.append(tap)
+                new.append(tap)
+            if not tap.on(device):
+                tap.attach(device.name)
+        return new
+
+    def _make(self, l2_bytes: int) -> Tap:
+        text = prelude.targets_prelude(self._targets, *self._ports) + compile_filter("", l2_bytes)
+        defines = {
+            "PYCOPY_VERDICT_SWALLOW": TC_ACT_SHOT,
+            "PYCOPY_CHANNEL_PORT": 0,
+            "PYCOPY_SESSIONS": self._max_sessions + SPARE_SESSIONS,
+        }
+        tap = _tap("intercept.c", l2_bytes, Hook.TC_INGRESS, self._ring_bytes, text, defines)
+        for key in self._claimed:
+            tap.module.maps["ours"].update(key, b"\1")
+        return tap
+
+    def claim(self, key: bytes) -> None:
+        """The connection ``key`` (abi.KEY) is a copy; call it before its SYN leaves."""
+        self._claimed.add(key)
+        for tap in self.taps:
+            tap.module.maps["ours"].update(key, b"\1")
+
+    def release(self, key: bytes) -> None:
+        """The copy is over."""
+        self._claimed.discard(key)
+        self._leaving.append(key)
+
+    def forget_released(self) -> None:
+        """Call once a second: forget what was released before the last call."""
+        for key in self._gone:
+            if key not in self._claimed:
+                for tap in self.taps:
+                    tap.module.maps["ours"].delete(key)
+        self._gone, self._leaving = self._leaving, []
+
+    def detach(self) -> None:
+        for tap in self.taps:
+            tap.detach()
+
+    def close(self) -> None:
+        for tap in self.taps:
+            tap.close()
 
 
 def rss_bytes() -> int:

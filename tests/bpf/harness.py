@@ -27,7 +27,7 @@ CONTINUE = {"tc": TC_CONTINUE, "xdp": XDP_PASS}
 SWALLOW = {"tc": TC_SHOT, "xdp": XDP_DROP}
 
 #: A service on whatever port the packet is addressed to.
-EVERY_PORT = "#define PYCOPY_SERVICES(S) S(0, 1, ntohs(packet->tcp.dst_port), 0, 0, 0, 0)\n"
+EVERY_PORT = "#define PYCOPY_SERVICES(S) S(0, PYCOPY_ANYBODYS, ntohs(packet->tcp.dst_port), 0, 0, 0, 0)\n"
 
 #: BPF_PROG_TEST_RUN takes no less (Linux 6.18: the IP header must be there) and no more.
 TC_MIN_BYTES, TC_MAX_BYTES, XDP_MIN_BYTES = {4: 34, 6: 54}, 3600, 14
@@ -83,8 +83,10 @@ class Program:
 
 
 class Capture(Program):
-    def __init__(self, hook, *, services=(), prelude="", expression="", l2_bytes=14, **more):
-        text = prelude or services_prelude(services)
+    def __init__(
+        self, hook, *, services=(), prelude="", expression="", l2_bytes=14, forwarded=True, **more
+    ):
+        text = prelude or services_prelude(services, forwarded)
         text += compile_filter(expression, l2_bytes)
         super().__init__("capture.c", hook, CaptureCount, prelude=text, l2_bytes=l2_bytes, **more)
 
@@ -123,6 +125,7 @@ class Intercept(Program):
         text = compile_filter(expression, more.get("l2_bytes", 14))
         if targets is not None:
             text += targets_prelude(targets, *ports)
+            more["PYCOPY_SESSIONS"] = 1 << 14
         verdict = "XDP_DROP" if hook == "xdp" else "TC_ACT_SHOT"
         super().__init__(
             "intercept.c",
@@ -134,6 +137,10 @@ class Intercept(Program):
             **more,
         )
         self.claimed = set()
+
+    def own(self, client, server, client_port, server_port):
+        """Self placement: that connection is a copy."""
+        self.maps["ours"].update(abi.KEY.pack(client, server, client_port, server_port), b"\1")
 
     @staticmethod
     def check_balance(counts):

@@ -22,7 +22,7 @@ from tests.bpf.frames import (
     patched,
     tcp,
 )
-from tests.bpf.harness import expected_fate, runnable
+from tests.bpf.harness import Capture, expected_fate, mapped, runnable
 from tests.bpf.oracle import look
 
 FRAGMENT, TRUNCATED, MALFORMED = (
@@ -253,3 +253,16 @@ def test_datagram_shorter_than_a_tcp_header(capture, port, ip, length_at, counte
         total = (counted + size).to_bytes(2, "big")
         got = capture.fate(patched(frame, ETH + length_at, total)[: tcp_at + size])
         assert got is (CAPTURED if size == 20 else MALFORMED if size >= 4 else None), size
+
+
+@pytest.mark.parametrize("ip", ["IPv4", "IPv6"])
+def test_a_service_without_address_is_this_hosts_own(hook, ip):
+    """What is merely routed through, from containers or as a gateway, is somebody else's."""
+    program = Capture(hook, services=[(None, 80)], forwarded=False)
+    frame = tcp(80, flags="S", ip=HEADERS[ip])
+    assert program.run(frame) == []
+    assert program.changed == {}
+    for address in (SERVER, SERVER6):
+        program.maps["local_addresses"].update(mapped(address), b"\1")
+    assert len(program.run(frame)) == 1
+    program.close()

@@ -260,6 +260,9 @@ def own(hook):
     targets = [(mapped(TARGET), 80), (mapped(TARGET6), 8080)]
     program = Intercept(hook, targets=targets, ports=(40000, 40999))
     assert "claims" not in program.maps
+    for dport in (40000, 40500, 40999):
+        program.own(mapped(CLIENT), mapped(TARGET), dport, 80)
+        program.own(mapped(CLIENT6), mapped(TARGET6), dport, 8080)
     yield program
     program.close()
 
@@ -288,6 +291,16 @@ def test_self_leaves_everything_else(own):
         later_fragment(CLIENT),
     ):
         assert own.run(frame) == UNSEEN
+
+
+def test_self_leaves_connections_of_others_on_such_ports(own):
+    """This host's own, and those of hosts behind it, to the very same target."""
+    for frame in (
+        response(dport=40501),
+        response("10.9.9.9", dport=40500),
+        response(CLIENT6, sport=8080, dport=40501),
+    ):
+        assert own.run(frame) == PAST
 
 
 def test_self_fragments(own):

@@ -122,13 +122,9 @@ class PostgreSQL(Database):
 
     def contents(self):
         """Every row of every table of ours, digested; pgbench's own time stamps left out."""
-        tables = self._ask("select tablename from pg_tables where schemaname = 'public'")
-        return {
-            table: hashlib.sha256(
-                self._ask(f"select (to_jsonb(r) - 'mtime')::text from {table} r order by 1").encode()
-            ).hexdigest()[:16]
-            for table in sorted(tables.split())
-        }
+        tables = self._ask("select tablename from pg_tables where schemaname = 'public'").split()
+        rows = "select (to_jsonb(r) - 'mtime')::text from {} r order by 1"
+        return {table: _digest(self._ask(rows.format(table))) for table in sorted(tables)}
 
 
 class MariaDB(Database):
@@ -156,14 +152,11 @@ class MariaDB(Database):
         return self._ask("select 1") == "1"
 
     def contents(self):
-        tables = self._ask("select table_name from information_schema.tables"
-                           " where table_schema = 'copied' order by 1")  # fmt: skip
-        return {
-            table: hashlib.sha256(
-                self._ask(f"select * from copied.{table} order by 1, 2").encode()
-            ).hexdigest()[:16]
-            for table in tables.split()
-        }
+        tables = self._ask(
+            "select table_name from information_schema.tables where table_schema = 'copied'"
+        ).split()
+        rows = "select * from copied.{} order by 1, 2"
+        return {table: _digest(self._ask(rows.format(table))) for table in sorted(tables)}
 
 
 class Nginx2(Nginx):
@@ -179,9 +172,13 @@ class Nginx2(Nginx):
     def uploaded(self):
         """What was put here, by name."""
         return {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            path.name: _digest(path.read_bytes().decode("latin-1"))
             for path in (self.dir / "root").glob("up*")
         }
+
+
+def _digest(text):
+    return hashlib.sha256(text.encode("latin-1", "replace")).hexdigest()[:16]
 
 
 _AS_POSTGRES = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
@@ -236,5 +233,3 @@ def psql(lab, family, port):
 def mariadb(lab, family, port):
     return ["mariadb", "--no-defaults", "-h", lab.address("online", family), "-P", str(port),
             "-N", "-B"]  # fmt: skip
-
-

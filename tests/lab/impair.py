@@ -88,8 +88,7 @@ class Impairment:
     def counts(self):
         """What was done so far, by name."""
         return {
-            name: self._module.maps["counts"].sum_percpu(index)
-            for index, name in enumerate(COUNTS)
+            name: self._module.maps["counts"].sum_percpu(index) for index, name in enumerate(COUNTS)
         }
 
     def close(self):

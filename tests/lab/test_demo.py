@@ -27,6 +27,12 @@ def test_every_placement_in_one_table():
         for placement in ("self", "target", "assistant")
     ]
     assert "0 lost" in result.stderr
+    said = result.stderr.splitlines()
+    # All that is needed to do the same by hand, in order.
+    assert [line.split("#")[0].strip() for line in said if "# " in line] == [
+        "online", "target", "online", "target", "assistant", "online",
+    ]  # fmt: skip
+    assert "  target# ip -4 route replace 10.91.1.0/24 via 10.91.4.10" in said
     assert not Lab(demo.NAME).exists()
 
 
@@ -38,6 +44,29 @@ def test_the_table_as_json():
     assert result.returncode == 0, result.stderr
     (row,) = json.loads(result.stdout)
     assert (row["placement"], row["family"], row["target"], row["lost"]) == ("self", 6, 211, 0)
+
+
+def test_a_second_demonstration_leaves_the_first_one_alone():
+    argv = [*DEMO, "--placement", "self", "--family", "4", "--json"]
+    first = subprocess.Popen(
+        argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while not (Lab(demo.NAME).state_dir / "owner").exists():
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        second = subprocess.run(argv, capture_output=True, text=True, timeout=50, env=environment())
+        assert (second.returncode, second.stdout) == (1, "")
+        assert f"a lab named {demo.NAME} exists already" in second.stderr
+        assert f"pycopy lab --name {demo.NAME} down" in second.stderr
+        stdout, _ = first.communicate(timeout=50)
+        assert first.returncode == 0
+        assert json.loads(stdout)[0]["target"] == 211
+    finally:
+        if first.poll() is None:
+            first.terminate()
+            first.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])

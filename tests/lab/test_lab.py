@@ -1,6 +1,7 @@
 """The lab without pycopy: its hosts, servers and load are what every other lab test trusts."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import socket
@@ -12,10 +13,10 @@ import pytest
 
 from pycopy import lab as lab_commands
 from pycopy.errors import PycopyError, UsageError
-from pycopy.lab import offloads
+from pycopy.lab import offloads, processes
 from pycopy.lab.copying import LoadRun
 from pycopy.lab.servers import Exact, Nginx
-from pycopy.lab.topology import DEVICE, SWITCH, Lab
+from pycopy.lab.topology import DEVICE, SWITCH, Lab, environment
 
 FAMILIES = (4, 6)
 
@@ -113,7 +114,7 @@ def test_equal_answers_have_equal_digests_and_others_do_not(lab):
 
 def test_load_reports_what_the_server_did_wrong(lab):
     refused = LoadRun(lab, 4, "online", 83, "--requests", "23", "--connections", "7").result()
-    assert not refused["ok"] and refused["errors"] == {"ECONNREFUSED": 7}
+    assert not refused["ok"] and refused["errors"] == {"connection refused": 7}
     with Nginx(lab, "online", 80, [1]):
         missing = LoadRun(
             lab, 4, "online", 80, "--requests", "7", "--connections", "7", "--answers", "1009"
@@ -188,6 +189,146 @@ def test_down_ends_what_was_started_inside_even_from_another_process():
         lab.down()
 
 
+def pycopy_lab(*argv):
+    return subprocess.run(
+        [sys.executable, "-m", "pycopy", "lab", *argv],
+        capture_output=True, text=True, timeout=30, env=environment(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["", "..", ".", "../x", "/tmp/x", "-x", "a/b", "a b", "x" * 65])
+def test_names_that_are_more_than_a_name_are_refused(name, tmp_path):
+    (tmp_path / "precious").touch()
+    for wrong in (name, str(tmp_path)):
+        with pytest.raises(UsageError, match="cannot be the name of a lab"):
+            Lab(wrong)
+    done = pycopy_lab(f"--name={tmp_path}", "down")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (tmp_path / "precious").exists()
+
+
+def test_removing_a_lab_that_is_not_there():
+    name = unique("absent")
+    for action in (["down"], ["status"], ["exec", "client", "true"]):
+        done = pycopy_lab("--name", name, *action)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"pycopy: error: there is no lab named {name}\n")
+
+
+def test_the_way_out_names_the_lab_that_is_meant():
+    name = unique("cure")
+    with Lab(name):
+        done = pycopy_lab("--name", name, "up")
+        assert done.returncode == 1
+        assert f"exists already, in use by process {os.getpid()}" in done.stderr
+        assert f"pycopy lab --name {name} down" in done.stderr
+    assert Lab().command("down") == "pycopy lab down"
+
+
+def build_and_hold(name, results, release):
+    try:
+        with Lab(name) as lab:
+            results.put(("built", len(list(lab._namespaces_found()))))
+            release.wait(20)
+            results.put(("held", len(list(lab._namespaces_found()))))
+    except PycopyError as error:
+        results.put(("refused", error.cause))
+
+
+def test_of_two_at_once_one_gets_the_name_and_keeps_it():
+    """The loser must not take down what the winner is building."""
+    name = unique("twice")
+    context = multiprocessing.get_context("spawn")
+    results, release = context.Queue(), context.Event()
+    both = [context.Process(target=build_and_hold, args=(name, results, release)) for _ in range(2)]
+    try:
+        for one in both:
+            one.start()
+        first, second = sorted(results.get(timeout=20) for _ in range(2))
+        assert first == ("built", 5)
+        assert second[0] == "refused" and f"a lab named {name} exists already" in second[1]
+        release.set()
+        assert results.get(timeout=20) == ("held", 5)
+        for one in both:
+            one.join(20)
+            assert one.exitcode == 0
+        assert not Lab(name).exists()
+    finally:
+        for one in both:
+            if one.is_alive():
+                one.kill()
+        Lab(name).down()
+
+
+def test_a_namespace_of_somebody_else_is_left_alone():
+    name = unique("foreign")
+    lab = Lab(name)
+    subprocess.run(["ip", "netns", "add", f"{name}-target"], check=True)
+    try:
+        with pytest.raises(PycopyError, match=f"{name}-target already, of no lab"):
+            lab.up()
+        assert not lab.is_built()
+        assert pycopy_lab("--name", name, "down").returncode == 1
+        assert list(lab._namespaces_found()) == ["target"]
+    finally:
+        subprocess.run(["ip", "netns", "delete", f"{name}-target"], check=True)
+
+
+def test_down_ends_what_exec_left_in_the_background():
+    name = unique("background")
+    lab = Lab(name)
+    bystander = subprocess.Popen(["sleep", "97"])
+    lab.up()
+    try:
+        code = "trap '' TERM; sleep 97 & sleep 97 & echo $! $$; wait"
+        child = subprocess.Popen(
+            [sys.executable, "-m", "pycopy", "lab", "--name", name, "exec", "online",
+             "sh", "-c", code],
+            stdout=subprocess.PIPE, text=True, env=environment(),
+        )  # fmt: skip
+        pids = [int(word) for word in child.stdout.readline().split()]
+        child.stdout.close()
+        removed = lab.down()
+        for pid in pids:
+            assert f"process {pid}" in removed
+            assert not processes.is_alive(pid)
+        assert child.wait(timeout=5) == -signal.SIGKILL
+        assert bystander.poll() is None
+    finally:
+        lab.down()
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_lab_is_not_removed_from_one_of_its_hosts():
+    name = unique("within")
+    with Lab(name) as lab:
+        argv = [sys.executable, "-m", "pycopy", "lab", "--name", name, "down"]
+        done = pycopy_lab("--name", name, "exec", "client", *argv)
+        assert done.returncode == 1
+        assert "cannot remove the lab around it" in done.stderr
+        assert len(list(lab._namespaces_found())) == 5
+
+
+def test_exec_gives_the_status_of_the_command(tmp_path):
+    name = unique("status")
+    (tmp_path / "text").touch()
+    with Lab(name):
+        for argv, status in (
+            (["true"], 0),
+            (["sh", "-c", "exit 7"], 7),
+            (["no-such-command"], 127),
+            ([str(tmp_path / "no-such-file")], 127),
+            ([str(tmp_path / "text")], 126),
+        ):
+            done = pycopy_lab("--name", name, "exec", "client", *argv)
+            assert done.returncode == status, argv
+            assert "Traceback" not in done.stderr
+        done = pycopy_lab("--name", name, "exec", "switch", "true")
+        assert done.returncode == 2
+        assert "the lab has no host 'switch'" in done.stderr
+
+
 def test_a_lab_whose_builder_was_killed_ends_its_processes_and_is_built_anew():
     name = unique("stale")
     code = (
@@ -220,7 +361,7 @@ def test_commands(capfd):
         assert "10.91.2.10" in up and f"{name}-online" in up
         assert lab_commands.command("status", None, [], name) == 0
         assert capfd.readouterr().out == up
-        with pytest.raises(UsageError, match="no nobody"):
+        with pytest.raises(UsageError, match="no host 'nobody'"):
             lab_commands.command("exec", "nobody", ["true"], name)
         with pytest.raises(UsageError, match="nothing to run"):
             lab_commands.command("exec", "client", [], name)

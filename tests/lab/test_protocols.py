@@ -226,7 +226,7 @@ def test_http2(lab, pair, request, placement, family):
     row = f"HTTP/2 IPv{family} ({placement.value})", asked.count, copied.count
     request.node.user_properties.append(("row", (*row, asked.lost(copied).total(), "-")))
     assert asked.count == 1009 + 3 * 23
-    assert _streams(asked) == _streams(copied), outcome
+    assert _streams(asked) == _streams(copied), (asked.lost(copied), copied.lost(asked), outcome)
     assert len(online.uploaded()) == 3 * 23
     assert online.uploaded() == target.uploaded()
     assert outcome.balanced, outcome

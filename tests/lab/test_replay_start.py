@@ -1,5 +1,6 @@
 """How replay starts and ends: hooks, memory, refusals, an interface that goes away."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -108,16 +109,25 @@ def test_an_interface_that_goes_away_ends_replay_with_a_reason(scenario, lab):
     lab.run("online", ["ip", "link", "del", "gone0"])
     assert program.process.wait(timeout=10) == 1
     assert "gone0 is gone" in program.messages
+    # Accounts first, then the error.
+    summary = json.loads(program.output.splitlines()[-1])
+    assert (summary["event"], summary["balanced"]) == ("summary", True)
+    last = program.messages.splitlines()[-2:]
+    assert last[0] == "pycopy: error: every interface that was captured is gone"
     assert run.attached() == []
 
 
 def test_usr1_prints_the_ledger_while_it_runs(scenario):
-    run = scenario(Placement.SELF, 4).start()
-    run.load(101, 23)
+    run = scenario(Placement.SELF, 4)
     program = run.copying.replays[0]
+    program.arguments.remove("--json")
+    run.start()
+    run.load(101, 23)
     program.process.send_signal(signal.SIGUSR1)
     assert run.eventually(lambda: "all clt" in program.messages, 5)
-    run.finish()
+    program.process.send_signal(signal.SIGTERM)
+    assert program.process.wait(timeout=20) == 0
+    assert program.messages.endswith("ledger balanced: yes\n")
 
 
 def test_two_signals_end_it_at_once(scenario):

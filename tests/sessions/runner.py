@@ -110,7 +110,7 @@ class Script:
         self.now_ns = 0
         self.rules = Rules()
         self.ledger = Ledger()
-        self.iss = {}  # connection key -> the client's initial sequence number
+        self.iss = {}  # connection key -> the client's initial sequence numbers, latest last
         self.connections = []  # in order of their first segment
         self.sent = deque()  # (time, text with options, text without)
         self.transcript = []
@@ -168,7 +168,7 @@ class Script:
     def collect(self):
         """Take the outbox away, as the sender does, and write it as a script does."""
         for session, flags, seq, ack, tsval, data in self.table.outbox:
-            number, connection = self.connection_of(session)
+            number, connection = self.connection_of(session, seq)
             start = diff(seq, connection.iss)
             who = f"target/{number}" if number > 1 else "target"
             text = f"{who} > {flags_text(flags)} {start}:{start + len(data)}({len(data)})"
@@ -181,11 +181,12 @@ class Script:
             self.sent.append((self.now_ns, full, text))
         self.table.outbox.clear()
 
-    def connection_of(self, session):
+    def connection_of(self, session, seq):
         for number, connection in enumerate(self.connections, 1):
             if connection.session is session:
                 return number, connection
-        self.connections.append(Connection(session, self.iss[session.key]))
+        iss = min(self.iss[session.key], key=lambda each: (seq - each) & MASK)
+        self.connections.append(Connection(session, iss))
         return len(self.connections), self.connections[-1]
 
     def expect(self, match):
@@ -217,7 +218,7 @@ class Script:
         if match["who"] == "client":
             addresses = ADDRESSES[self.family][0] + self.server
             key = addresses + struct.pack("!HH", 40000 + number, 8080 + service)
-            iss = self.iss.setdefault(key, 1_000_000 * number)
+            iss = self.iss.setdefault(key, [1_000_000 * number])[-1]
             seg = self.segment(
                 KIND_CLIENT, key, iss + seq, ONLINE_IRS + ack, service=service,
                 payload_bytes=size, **self.sack(ONLINE_IRS, edges), **fields,
@@ -297,7 +298,7 @@ class Script:
         addresses = ADDRESSES[self.family][0] + self.server
         for service in range(2):
             key = addresses + struct.pack("!HH", 40000 + int(number), 8080 + service)
-            self.iss[key] = int(value, 0)
+            self.iss.setdefault(key, []).append(int(value, 0))
 
     def star_closed_for(self, fate):
         self.table.closed_for = None if fate == "nothing" else Fate[fate.upper()]
@@ -308,8 +309,9 @@ class Script:
     def star_state(self, state, number="1"):
         """Where a connection stands; GONE: the table has forgotten it."""
         connection = self.connections[int(number) - 1]
-        known = self.table.by_target.get(connection.key) is connection.session
-        is_in = connection.session.state.name if known else "GONE"
+        is_in = connection.session.state.name
+        if self.table.by_target.get(connection.key) is not connection.session:
+            is_in = "GONE" if is_in == "CLOSED" else f"forgotten in {is_in}"
         self.compare("state", is_in, state)
 
     def star_fate(self, name, number):

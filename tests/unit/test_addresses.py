@@ -121,7 +121,8 @@ def test_own_ports_are_searched_a_part_at_a_time():
 
 
 @pytest.mark.parametrize(
-    "network, hosts", [("10.0.0.0/24", 254), ("10.0.0.0/31", 2), ("10.0.0.1/32", 1), ("fc00::/126", 4)]
+    "network, hosts",
+    [("10.0.0.0/24", 254), ("10.0.0.0/31", 2), ("10.0.0.1/32", 1), ("fc00::/126", 4)],
 )
 def test_usable_hosts(network, hosts):
     assert usable_hosts(ipaddress.ip_network(network)) == hosts

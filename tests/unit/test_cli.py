@@ -126,6 +126,10 @@ def test_every_letter_of_intercept():
     [
         ("", "-x is missing", "-x 80-10.0.0.2:8080"),
         ("-x 80-10.0.0.2:80 more", "unexpected argument: 'more'", "in one word"),
+        ("-x 80-10.0.0.2:80 -F tcp and", "unexpected argument: 'and'", "quote an expression"),
+        ("-x 80-10.0.0.2:80 --ports 80-2000", "ports below 1024", "20000-29999"),
+        ("-x 8080-10.0.0.2:80 --ports 8000-8999", "contains 8080", "a range without it"),
+        ("-x 80-10.0.0.2:80 -V", "unknown option -V", "did you mean -v?"),
         ("1.2.3.4 80 1.2.3.5", "unexpected argument: '1.2.3.4'", "exactly four words"),
         ("--copie 80-10.0.0.2:80", "unknown option --copie", "did you mean --copy?"),
         ("-x 80-10.0.0.2:80 --intercpt=1", "unknown option --intercpt", "--intercept?"),
@@ -170,7 +174,7 @@ def test_no_letter_of_the_originals_is_unknown():
     # From their getopt strings.
     for parser, letters in (
         (options.replay_parser(), "xspcHnfrgmMDRUCtklPOWLdhviFBSoaIT"),
-        (options.intercept_parser(), "FipbsnDcxqlPdhvt"),
+        (options.intercept_parser(), "FipbsnDcxqlPdhv"),  # and t, which does nothing there
     ):
         for letter in letters:
             assert f"-{letter}" in parser._option_string_actions
@@ -192,6 +196,7 @@ def test_every_letter_has_a_long_name():
         ("-F tcp --at traget", "'traget' is not known"),
         ("-F tcp --pass 10.0.0.1/24", "beyond its prefix length"),
         ("-F tcp -p 0", "from 1 to 65535"),
+        ("-F tcp -t 7", "unknown option -t"),
     ],
 )
 def test_intercept_usage_errors(line, cause):
@@ -249,7 +254,10 @@ def test_no_arguments_is_the_help_and_a_usage_error():
         (["intercept", "-F", "tcp", "-i", "no-such-dev"], 2, ["no such network device"]),
         (["lab"], 2, ["the action is missing"]),
         (["lab", "ups"], 2, ["did you mean up?"]),
-        (["lab", "up", "online"], 2, ["unexpected argument"]),
+        (["lab", "up", "online"], 2, ["unexpected argument", "leave it out"]),
+        (["lab", "--name", "../x", "up"], 2, ["cannot be the name of a lab"]),
+        (["-V"], 2, ["did you mean -v?"]),
+        (["help", "repaly"], 2, ["did you mean replay?"]),
         (["lab", "exec"], 2, ["which host?"]),
         (["lab", "exec", "online"], 2, ["which command?"]),
         (["lab", "shell", "online", "ls"], 2, ["takes no command"]),
@@ -267,6 +275,8 @@ def test_errors_of_the_command(argv, status, words):
     assert done.stderr.splitlines()[1].startswith("  ")
     for word in words:
         assert word in done.stderr
+    assert max(map(len, done.stderr.splitlines())) < 100
+    assert not done.stderr.splitlines()[1][2].isupper()
 
 
 @pytest.mark.parametrize(
@@ -274,8 +284,9 @@ def test_errors_of_the_command(argv, status, words):
     [
         ["replay", "-x", "80-10.255.0.2:80"],
         ["intercept", "-F", "tcp"],
-        ["demo"],
         ["detach"],
+        ["demo"],
+        ["lab", "up"],
     ],
 )
 def test_without_privilege(argv):
@@ -284,8 +295,16 @@ def test_without_privilege(argv):
         [*drop, sys.executable, "-m", "pycopy", *argv], capture_output=True, text=True, timeout=30
     )
     assert (done.returncode, done.stdout) == (3, "")
-    assert "CAP_BPF missing" in done.stderr
+    in_lab = argv[0] in ("demo", "lab")
+    assert ("needs root" if in_lab else "CAP_BPF missing") in done.stderr
     assert "sudo" in done.stderr
+    assert ("systemd" in done.stderr) is not in_lab
+
+
+def test_help_is_asked_for_in_two_ways():
+    for command in COMMANDS:
+        assert pycopy("help", command).stdout == pycopy(command, "--help").stdout != ""
+    assert pycopy("help").stdout == pycopy("--help").stdout
 
 
 def test_version():

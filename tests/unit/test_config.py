@@ -229,3 +229,27 @@ def test_small_parsers():
     ):
         with pytest.raises(UsageError):
             parse(bad)
+
+
+@pytest.mark.parametrize("text", ["10.0.0.2", "fd00::2", "[fd00::2]"])
+def test_bind(text):
+    assert config.parse_bind(text) == text.strip("[]")
+
+
+@pytest.mark.parametrize(
+    ("text", "cause", "cure"),
+    [
+        ("10.0.0.2:40000", "followed by a port", "write -b 10.0.0.2 -p 40000"),
+        ("[fd00::2]:40000", "followed by a port", "write -b fd00::2 -p 40000"),
+        ("40000", "not one address", "write -b 10.0.0.2"),
+        ("10.0.0.2,10.0.0.3", "not one address", "write -b 10.0.0.2"),
+        ("eth0", "not an address", "write 10.0.0.2"),
+        ("", "not one address", "write -b 10.0.0.2"),
+    ],
+)
+def test_bind_errors_name_b(text, cause, cure):
+    with pytest.raises(UsageError) as caught:
+        config.parse_bind(text)
+    assert caught.value.cause.startswith(f"-b {text}: ")
+    assert cause in caught.value.cause
+    assert cure in caught.value.cure

@@ -34,8 +34,9 @@ def body():
         raise HostUnfit("it broke later", "")
     daemon.ready()
     print("cwd", os.getcwd(), "session", os.getsid(0) != os.getpid())
+    hang_up = daemon.hang_up(None)
     while signal.sigwait(signals) == signal.SIGHUP:
-        daemon.reopen_log()
+        hang_up()
         print("reopened")
     print("ended")
     return 0
@@ -177,6 +178,14 @@ def test_log_writes_whole_lines_and_reopens_only_what_it_can(tmp_path):
     assert log.write_errors == 1
     log.write("more \N{SNOWMAN}\n")
     assert (moved / "log").read_text() == "half a line\nand more \N{SNOWMAN}\n"
+
+
+def test_without_a_log_file_there_is_no_pid_file(tmp_path):
+    pid = tmp_path / "pid"
+    command = run("serve", tmp_path / "nowhere" / "log", pid)
+    assert command.returncode == 1
+    assert "cannot write the log file" in command.stderr
+    assert not pid.exists()
 
 
 def test_pid_file_lock_is_what_counts(tmp_path):

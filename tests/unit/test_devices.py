@@ -1,10 +1,12 @@
 """The host's devices as the kernel tells them."""
 
+import ipaddress
 import socket
 
 import pytest
 
-from pycopy.devices import find_devices
+from pycopy.config import unmap_address
+from pycopy.devices import find_devices, local_addresses
 from pycopy.errors import HostUnfit, UsageError
 
 
@@ -23,3 +25,14 @@ def test_loopback_by_name_only():
 def test_a_device_that_is_not_there():
     with pytest.raises(UsageError, match="there is no network device nosuch0"):
         find_devices(["lo", "nosuch0"])
+
+
+def test_local_addresses_are_those_that_can_be_bound():
+    found = {unmap_address(address) for address in local_addresses()}
+    assert ipaddress.ip_address("127.0.0.1") in found
+    for address in found:
+        if address.is_link_local:
+            continue
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            sock.bind((str(address), 0))

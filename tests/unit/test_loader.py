@@ -16,10 +16,11 @@ V6 = bytes.fromhex("20010db8000000000000000000000005")
 def test_services():
     assert services_prelude([(None, 80), (V4, 8080), (V6, 443)]) == (
         "#define PYCOPY_SERVICES(S) \\\n"
-        "\tS(0, 1, 80, 0x00000000U, 0x00000000U, 0x00000000U, 0x00000000U) \\\n"
-        "\tS(1, 0, 8080, 0x00000000U, 0x00000000U, 0x0000ffffU, 0x0a000001U) \\\n"
-        "\tS(2, 0, 443, 0x20010db8U, 0x00000000U, 0x00000000U, 0x00000005U)\n"
+        "\tS(0, PYCOPY_OWN, 80, 0x00000000U, 0x00000000U, 0x00000000U, 0x00000000U) \\\n"
+        "\tS(1, PYCOPY_GIVEN, 8080, 0x00000000U, 0x00000000U, 0x0000ffffU, 0x0a000001U) \\\n"
+        "\tS(2, PYCOPY_GIVEN, 443, 0x20010db8U, 0x00000000U, 0x00000000U, 0x00000005U)\n"
     )
+    assert "S(0, PYCOPY_ANYBODYS, 80," in services_prelude([(None, 80)], forwarded=True)
 
 
 def test_targets():

@@ -46,6 +46,10 @@ def test_rto_of_rfc_6298():
 
 def test_timeouts_back_off_to_the_maximum():
     mine = target(4)
+    recovery.note_sack(mine, [(1001, 2001)])
+    recovery.on_duplicate_ack(mine)
+    recovery.on_timeout(mine, RULES)
+    assert mine.dup_acks == 0 and mine.sacked == ()  # RFC 2018 8
     for _ in range(20):
         recovery.on_timeout(mine, RULES)
     assert mine.rto_ns == RULES.rto_max_ns and mine.cwnd == 1000 and mine.ssthresh == 2000

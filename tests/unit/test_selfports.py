@@ -1,6 +1,9 @@
 """Ports of the zero-route mode: outside the ephemeral range, and none that is in use."""
 
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -56,3 +59,28 @@ def test_a_range_without_a_free_port_is_an_error():
         port = used.getsockname()[1]
         with pytest.raises(PycopyError, match="in use"):
             selfports.choose_ports((port, port))
+
+
+def test_a_range_is_held_until_the_process_ends():
+    """Two replays that hand out the same ports would take each other's answers."""
+    code = (
+        "import sys; from pycopy import selfports\n"
+        "try: selfports.hold_range((%d, %d))\n"
+        "except Exception as error: print(error)\n"
+        "else: print('held')\n"
+    )
+
+    def other(low, high):
+        done = subprocess.run(
+            [sys.executable, "-c", code % (low, high)], capture_output=True, text=True, timeout=20
+        )
+        return done.stdout
+
+    lock = selfports.hold_range((21_000, 21_999))
+    try:
+        assert "another replay" in other(21_999, 22_500)
+        assert "--ports" in other(20_000, 21_000)
+        assert other(22_000, 22_500) == "held\n"
+    finally:
+        os.close(lock)
+    assert other(21_000, 21_999) == "held\n"

@@ -1,5 +1,13 @@
 from pycopy.abi import ACK, FIN, PSH, RST
-from pycopy.session.stream import HORIZON_BYTES, Offer, next_request, offer, offer_reset, resume, ripen
+from pycopy.session.stream import (
+    HORIZON_BYTES,
+    Offer,
+    next_request,
+    offer,
+    offer_reset,
+    resume,
+    ripen,
+)
 from pycopy.session.views import Chunk, Online, unwrap
 
 BYTES = bytes(range(256)) * 8

@@ -1,16 +1,19 @@
 """The view: it shows what the snapshot says, on a terminal and off it, and is never in the way."""
 
-import io
+import fcntl
 import json
 import os
 import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
 
-from pycopy import view
+from pycopy import messages, view
 from pycopy.view import View
 
 SNAPSHOT = {
@@ -22,6 +25,7 @@ SNAPSHOT = {
 
 PROGRAM = """
 import sys, time
+from pycopy import messages
 from pycopy.view import View
 n = 0
 def snapshot():
@@ -32,7 +36,8 @@ view = View(snapshot, interval_s=0.1, json="--json" in sys.argv, quiet="--quiet"
 view.start()
 assert sys.stdin.readline()
 view.stop()
-view.summary(sys.stdout)
+view.summary()
+messages.flush(10)
 """
 
 
@@ -68,9 +73,7 @@ def collect(stderr_is_terminal, *arguments, enough, **environment):
 
 
 def test_summary_text():
-    file = io.StringIO()
-    View(lambda: SNAPSHOT).summary(file)
-    text = file.getvalue()
+    text = View(lambda: SNAPSHOT).text()
     assert [line.split() for line in text.splitlines()] == [
         ["segments:"],
         ["captured", "1009"],
@@ -118,9 +121,7 @@ def test_interval_text_without_familiar_names():
 
 
 def test_json_summary_is_one_line_and_complete():
-    file = io.StringIO()
-    View(lambda: SNAPSHOT, json=True).summary(file)
-    line = file.getvalue()
+    line = View(lambda: SNAPSHOT, json=True).text()
     assert line.endswith("\n")
     assert line.count("\n") == 1
     document = json.loads(line)
@@ -139,8 +140,9 @@ def test_one_line_per_interval_off_a_terminal():
         "all clt:21",
     ]
     assert "\x1b" not in stderr
-    assert stdout.startswith("segments:\n")
-    assert stdout.endswith("ledger balanced: NO\n")
+    assert stdout == ""
+    assert "\nsegments:\n" in stderr
+    assert stderr.endswith("ledger balanced: NO\n")
 
 
 def test_json_lines_and_nothing_on_stderr():
@@ -153,8 +155,8 @@ def test_json_lines_and_nothing_on_stderr():
 
 def test_quiet_is_the_summary_alone():
     stdout, stderr, status = collect(True, "--quiet", enough="")
-    assert stdout.startswith("segments:\n")
-    assert (stderr, status) == ("", 0)
+    assert stderr.startswith("segments:\r\n")
+    assert (stdout, status) == ("", 0)
 
 
 def test_live_view_on_a_terminal():
@@ -162,9 +164,46 @@ def test_live_view_on_a_terminal():
     assert status == 0
     assert "captured" in stderr
     assert "\x1b[31m" in stderr  # the verdict NO stands out
-    # Not drawn over stdout, and the cursor is back.
-    assert stdout.startswith("segments:\n")
+    # The summary stays behind it, and the cursor is back.
+    assert stdout == ""
+    assert stderr.endswith("ledger balanced: NO\r\n")
     assert stderr.rindex("\x1b[?25h") > stderr.rfind("\x1b[?25l")
+
+
+def test_live_view_follows_the_size_of_the_terminal():
+    """Never wider or higher than the terminal, which is cleared when its size changes."""
+    end, terminal = pty.openpty()
+    resize(terminal, 24, 80)
+    environment = {key: os.environ[key] for key in os.environ if key not in ("COLUMNS", "LINES")}
+    child = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stderr=terminal,
+        env={**environment, "TERM": "xterm", "NO_COLOR": "1"},
+    )  # fmt: skip
+    seen = b""
+    while seen.count(b"Ctrl-C ends") < 2:
+        seen += os.read(end, 65536)
+    assert b"\x1b[2J" not in seen
+    resize(terminal, 5, 41)
+    while b"Ctrl-C ends" not in seen.partition(b"\x1b[2J")[2]:
+        seen += os.read(end, 65536)
+    child.stdin.write(b"stop\n")
+    child.stdin.close()
+    os.close(terminal)
+    while b"ledger balanced" not in seen:
+        seen += os.read(end, 65536)
+    assert child.wait(30) == 0
+    os.close(end)
+    wide, _, narrow = seen.decode().partition("\x1b[2J")
+    for text, columns in ((wide, 80), (narrow.partition("segments:")[0], 41)):
+        lines = [re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", line) for line in re.split("[\r\n]", text)]
+        assert columns - 1 in map(len, lines)
+        assert max(map(len, lines)) < columns
+    # Everything that was drawn is cleared before the summary.
+    assert narrow.partition("segments:")[0].endswith("\x1b[2K")
+
+
+def resize(terminal, rows, columns):
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
 
 def test_live_view_without_colour():
@@ -192,6 +231,7 @@ def test_reading_survives_a_ledger_that_changes_meanwhile(capsys):
     while len(calls) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     running.stop()
+    messages.flush()
     assert "all clt:1009" in capsys.readouterr().err
 
 
@@ -202,10 +242,10 @@ def test_the_thread_does_not_keep_the_process_alive():
 
 def test_rich_is_not_imported_off_a_terminal():
     program = (
-        "import io, sys\n"
+        "import sys\n"
         "from pycopy.view import View\n"
         "view = View(dict, interval_s=0.01)\n"
-        "view.start(); view.stop(); view.summary(io.StringIO())\n"
+        "view.start(); view.stop(); view.summary()\n"
         "assert 'rich' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30)

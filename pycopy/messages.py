@@ -1,0 +1,99 @@
+"""Words to the user, written by a thread for each stream so that nobody else ever waits.
+
+A terminal held with Ctrl-S, a pipe that nobody reads, a stream that was closed: none of them
+may hold up the traffic, or end it. :func:`say` and :func:`put` only queue, and what finds the
+queue full is dropped and counted. Use it after the process has forked, if it does. Nothing
+here knows what is said.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections import deque
+from typing import NoReturn
+
+#: Texts waiting for one stream; more are dropped.
+_QUEUE_TEXTS = 1000
+#: How long an end waits for its last words to be read.
+LAST_WORDS_S = 2.0
+
+
+class _Writer:
+    """What is on its way to ``sys.<stream>``, which is looked up anew for each text."""
+
+    def __init__(self, stream: str) -> None:
+        self._stream = stream
+        self._texts: deque[str] = deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._dropped = 0
+        self._stuck = False
+
+    def put(self, text: str) -> None:
+        with self._changed:
+            if len(self._texts) >= _QUEUE_TEXTS:
+                self._dropped += 1
+                return
+            self._texts.append(text)
+            if self._thread is None:
+                # A daemon thread: it never keeps the process alive.
+                self._thread = threading.Thread(target=self._run, name="messages", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def flush(self, until_s: float) -> bool:
+        """Wait until everything is written; False if it is not. Patience is lost only once."""
+        with self._changed:
+            patience_s = 0.0 if self._stuck else max(until_s - time.monotonic(), 0.0)
+            done = self._changed.wait_for(lambda: not self._texts, patience_s)
+            self._stuck = not done
+            return done
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._texts)
+                text = self._texts[0]
+            # Closed, or its reader has gone: then nobody is listening any more.
+            with contextlib.suppress(OSError, ValueError):
+                stream = getattr(sys, self._stream)
+                if stream is not None:
+                    stream.write(text)
+                    stream.flush()
+            with self._changed:
+                self._texts.popleft()
+                dropped, self._dropped = self._dropped, 0
+                self._stuck = False
+                self._changed.notify_all()
+            if dropped:
+                say(f"{dropped} lines were dropped: nobody read {self._stream}")
+
+
+_stdout, _stderr = _Writer("stdout"), _Writer("stderr")
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    _stderr.put(text + "\n")
+
+
+def put(text: str, to_stdout: bool = False) -> None:
+    """Whole lines, as they are."""
+    (_stdout if to_stdout else _stderr).put(text)
+
+
+def flush(patience_s: float = LAST_WORDS_S) -> bool:
+    """Wait for what was said to be written; False if it was not in time."""
+    until_s = time.monotonic() + patience_s
+    written = [_stdout.flush(until_s), _stderr.flush(until_s)]
+    return all(written)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process, whether or not somebody reads its last words."""
+    if not flush():
+        # A thread is stuck in write(2) and holds the stream's lock; exit() would wait for that.
+        os._exit(status)
+    sys.exit(status)

@@ -1,0 +1,89 @@
+"""The contract of a session towards its host; what it does is in tests/sessions/."""
+
+import ast
+from pathlib import Path
+
+import pycopy.session
+from pycopy.abi import ACK, PSH, SYN, Segment
+from pycopy.ledger import Count, Fate, Ledger
+from pycopy.session.rules import SECOND, Rules
+from pycopy.session.session import Emission, Session
+from pycopy.session.states import Outcome, State
+from pycopy.session.views import NEVER, Online, Target
+
+ZERO = Segment(0, *[0] * 15, b"", bytes(32))
+
+
+class Host:
+    """Writes down what it is asked for."""
+
+    def __init__(self):
+        self.rules, self.ledger, self.outbox, self.closed_for = Rules(), Ledger(), [], None
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda session, *args: self.calls.append((name, *args))
+
+
+def opened():
+    host = Host()
+    target = Target(1000, 1, 1460, SECOND)
+    session = Session(host, bytes(36), bytes(36), 4, 0, Online(1000), target, 0)
+    session.open(0)
+    return host, session
+
+
+def established():
+    host, session = opened()
+    answer = ZERO._replace(tcp_flags=SYN | ACK, seq=5000, ack=1001, wnd=65535, mss=1460)
+    session.on_target_segment(answer, 1)
+    host.outbox.clear()
+    return host, session
+
+
+def test_an_emission_is_a_tuple_in_a_fixed_order():
+    host, session = opened()
+    assert host.outbox == [(session, SYN, 1000, 0, 0, b"")]
+    assert Emission._fields == ("session", "flags", "seq", "ack", "tsval", "data")
+    assert isinstance(host.outbox[0], Emission)
+
+
+def test_the_host_is_asked_to_come_back_once_for_a_deadline():
+    host, session = opened()
+    assert session.deadline_ns == SECOND and host.calls == [("schedule",)]
+    session.scheduled_ns = SECOND
+    session.on_timer(SECOND // 2)  # too early: nothing happens
+    assert session.deadline_ns == SECOND and host.calls == [("schedule",)]
+    assert len(host.outbox) == 1
+    session.on_timer(SECOND)
+    assert session.deadline_ns == 3 * SECOND and len(host.outbox) == 2
+
+
+def test_nothing_to_wait_for_is_never():
+    _, session = established()
+    assert session.state is State.ESTABLISHED and session.deadline_ns == NEVER
+
+
+def test_the_end_is_told_once_and_lingers():
+    host, session = established()
+    host.calls.clear()
+    session.end(Outcome.IDLE, Fate.DROPPED_IDLE, 5)
+    assert host.calls == [("ended", Outcome.IDLE), ("linger", 5 + session.host.rules.time_wait_ns)]
+    session.expire()
+    assert host.calls[2:] == [("forget",)]
+
+
+def test_a_hold_is_measured_from_the_capture():
+    host, session = established()
+    seg = ZERO._replace(tcp_flags=PSH | ACK, seq=1001, ack=1, time_ns=100, seg_len=1)
+    session.on_client_segment(seg, b"x", 5_000_100)
+    assert host.ledger.hold[2] == 1 and sum(host.ledger.hold) == 1
+    assert host.ledger.counts[Count.ESTABLISHED] == 1
+
+
+def test_functions_fit_a_screen():
+    for path in Path(pycopy.session.__path__[0]).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                code = {each.lineno for each in ast.walk(node) if hasattr(each, "lineno")}
+                assert len(code) <= 45, f"{path.name}: {node.name}"
