@@ -47,7 +47,7 @@ class Claims:
     """The same verdicts in the maps of every loaded program: ``(claims, claims_default)`` each."""
 
     def __init__(self, tables: Sequence[tuple[Table, Table]]) -> None:
-        self._tables = tables
+        self._tables = list(tables)
         self._room = min(claims.max_entries for claims, _ in tables)
         self._verdicts: dict[Range, int] = {}
         self._default = PASS
@@ -56,6 +56,16 @@ class Claims:
     @property
     def default(self) -> int:
         return self._default
+
+    def add(self, table: tuple[Table, Table]) -> None:
+        """One more loaded program: it gets the verdicts that the others have."""
+        self._tables.append(table)
+        self._room = min(self._room, table[0].max_entries)
+        for item, verdict in self._verdicts.items():
+            table[0].update(
+                CLAIM_KEY.pack(item.prefix_bits, item.addr), verdict.to_bytes(_VALUE_BYTES, "little")
+            )
+        self._set_default(self._default)
 
     def pass_addresses(self, addresses: Iterable[bytes]) -> None:
         """This host's own: what is for them is no copied client's."""

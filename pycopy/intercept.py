@@ -20,10 +20,11 @@ from pycopy.claims import Claims, ClaimsFull, describe
 from pycopy.config import InterceptConfig
 from pycopy.devices import Device, find_devices, local_addresses
 from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
+from pycopy.frame import BALANCED, Value
 from pycopy.loop import READ, Loop
 from pycopy.signals import Signals
 from pycopy.sources.live import Tap
-from pycopy.view import BALANCED, Value, View
+from pycopy.view import View
 
 #: How each hook makes a packet vanish. At egress TC_ACT_SHOT would tell the target's TCP,
 #: which would send again on the spot. TC_ACT_STOLEN does not, but TCX takes it for "next
@@ -46,6 +47,8 @@ _DRAIN_RECORDS = 4096
 _COALESCE_NS = 300_000
 #: Heart-beats are looked after at least this often.
 _TICK_NS = 250_000_000
+#: How often an assistant looks whether it has become the target.
+_LOOK_NS = 1_000_000_000
 #: At the end: for the replays to stop sending, and leave.
 _LEAVE_S = 1.0
 #: Then: for what the target still answers to what they sent last.
@@ -62,7 +65,10 @@ class Intercept:
     def __init__(self, config: InterceptConfig, stack: contextlib.ExitStack) -> None:
         self._config = config
         self._stack = stack
-        self.view = View(self.snapshot, config.interval_s, config.quiet, config.json)
+        self.view = View(
+            self.snapshot, config.interval_s, config.quiet, config.json,
+            f"pycopy intercept {config.filter}",
+        )  # fmt: skip
         self._loop = Loop()
         stack.callback(self._loop.close)
         self._taps: list[Tap] = []
@@ -76,13 +82,15 @@ class Intercept:
         config = self._config
         devices = find_devices(config.interfaces)
         own = local_addresses()
-        place, why = placement.choose(config.placement, config.filter, placement.listeners(), own)
+        self._place, why = placement.choose(
+            config.placement, config.filter, placement.listeners(), own
+        )
         # Before the programs: a busy port is known at once, and nothing is attached yet.
         self._server = ChannelServer(
             self._loop,
             config.bind,
             config.port,
-            placement=place,
+            placement=self._place,
             instance=int.from_bytes(os.urandom(8), "little"),
             on_hello=self._on_hello,
             log=_log,
@@ -92,13 +100,11 @@ class Intercept:
         signals = Signals(self._loop, self._end, others)
         signals.at_once = True
         self._stack.callback(signals.close)
-        _log(f"this is the {place.name.lower()}: {why}")
+        _log(f"this is the {self._place.name.lower()}: {why}")
         self._watch_devices()
         for device in devices:
-            self._attach(device, _HOOKS[place])
-        self._claims = Claims(
-            [(tap.module.maps["claims"], tap.module.maps["claims_default"]) for tap in self._taps]
-        )
+            self._attach(device, _HOOKS[self._place])
+        self._claims = Claims([_claims_of(tap) for tap in self._taps])
         self._claims.pass_addresses(own)
         self._claims.pass_networks(config.pass_nets)
         for tap in self._taps:
@@ -114,15 +120,39 @@ class Intercept:
         return self._finish()
 
     def _serve(self) -> None:
-        woken_ns = timers_ns = 0
+        woken_ns = timers_ns = look_ns = 0
         while not self._ending:
             if (rest_ns := woken_ns + _COALESCE_NS - time.monotonic_ns()) > 0:
                 time.sleep(rest_ns / 1e9)
             self._loop.wait(timers_ns)
             woken_ns = time.monotonic_ns()
+            if woken_ns >= look_ns:
+                look_ns = woken_ns + _LOOK_NS
+                self._look_again()
             if woken_ns >= timers_ns:
                 self._server.on_timer(woken_ns)
                 timers_ns = min(self._server.deadline_ns, woken_ns + _TICK_NS)
+
+    def _look_again(self) -> None:
+        """The target's service may have been started after us: then its answers leave here."""
+        config = self._config
+        if config.placement != "auto" or self._place is Placement.TARGET:
+            return
+        self._place, why = placement.choose(
+            "auto", config.filter, placement.listeners(), local_addresses()
+        )
+        if self._place is not Placement.TARGET:
+            return
+        _log(f"this is the target now: {why}")
+        before = len(self._taps)
+        try:
+            for device in find_devices(config.interfaces):
+                self._attach(device, _HOOKS[Placement.TARGET])
+        except PycopyError as error:
+            _log(f"its answers are not intercepted: {error}")
+        for tap in self._taps[before:]:
+            self._claims.add(_claims_of(tap))
+            self._loop.add(tap.ring.fileno(), READ, partial(self._drain, tap))
 
     def _drain(self, tap: Tap, _events: int = READ) -> None:
         records = list(tap.ring.drain_raw(_DRAIN_RECORDS))
@@ -228,6 +258,7 @@ class Intercept:
     # --- replays ---
 
     def _on_hello(self, hello: Hello, name: str) -> None:
+        self._look_again()
         try:
             passing = self._claims.claim_ranges(hello.ranges)
         except ClaimsFull as error:
@@ -283,6 +314,10 @@ def run(config: InterceptConfig) -> int:
     """Intercept until told to end, or until no device is left; the exit status."""
     with contextlib.ExitStack() as stack:
         return Intercept(config, stack).run()
+
+
+def _claims_of(tap: Tap) -> tuple[loader.Map, loader.Map]:
+    return tap.module.maps["claims"], tap.module.maps["claims_default"]
 
 
 def _log(text: str) -> None:

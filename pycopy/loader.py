@@ -17,15 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pycopy import link
+from pycopy import guards, link
 from pycopy.attach import Attachment, Hook, attach, detach_leftovers
 from pycopy.errors import HostUnfit, PycopyError
 
 __all__ = ["Attachment", "Hook", "Map", "Module", "attach", "detach_leftovers", "load"]
 
 _PRIVILEGES_CURE = "run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_NET_RAW"
-
-_CAP_NET_ADMIN, _CAP_SYS_ADMIN, _CAP_BPF = 12, 21, 39
 
 #: A cold compile takes below a second; an emulated machine was seen to need 47 s.
 _COMPILE_LIMIT_S = 180
@@ -124,7 +122,8 @@ def load(
     ``defines`` must say PYCOPY_HOOK_XDP; ``prelude`` is generated C put before the file.
     ``program`` is the name of the entry function: ``pycopy_`` and the file's name unless given.
     """
-    _require_privileges()
+    # Before clang runs; what a container denies beyond that shows at load time.
+    guards.check_privileges()
     directory = bpf_dir()
     path = directory / source
     program = program or f"pycopy_{path.stem}"
@@ -222,16 +221,6 @@ def _fail(reply: dict[str, Any], said: str, source: str, status: int) -> NoRetur
             raise PycopyError(f"the compiler was killed by {name} on {source}:\n{tail}")
         case _:
             raise PycopyError(f"the compiler exited with status {status} on {source}:\n{tail}")
-
-
-def _require_privileges() -> None:
-    """Say it before clang runs; what a container denies beyond that shows at load time."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-        line = next(line for line in status if line.startswith("CapEff:"))
-    held = int(line.split()[1], 16)
-    may_bpf = held >> _CAP_BPF & 1 or held >> _CAP_SYS_ADMIN & 1
-    if not (may_bpf and held >> _CAP_NET_ADMIN & 1):
-        raise HostUnfit("loading BPF programs needs more privileges", _PRIVILEGES_CURE)
 
 
 def _interpreter() -> str:

@@ -55,6 +55,8 @@ SETTLE_NS = SECOND // 5
 START_TIMEOUT_S = 5.0
 #: Why segments are not sent, in the ledger, beside the names of errno.
 NO_INTERCEPT = "NO_INTERCEPT"
+#: Over -m, what sessions hold may be this part of it: the rest is what they are made of.
+SHED_SHARE = 4
 #: SYNs without any answer for so long are worth a word.
 SILENCE_NS = 3 * SECOND
 NO_ANSWER_HINTS = (
@@ -92,7 +94,10 @@ class Replay:
         #: Not every intercept is connected: answers could reach real clients.
         self._cut_off = False
         self._out_of_memory = False
-        self.view = View(self.snapshot, config.interval_s, config.quiet, config.json)
+        services = ", ".join(map(str, config.services))
+        self.view = View(
+            self.snapshot, config.interval_s, config.quiet, config.json, f"pycopy replay {services}"
+        )
         self._signals = Signals(
             self._loop,
             self._stop,
@@ -262,9 +267,7 @@ class Replay:
 
         The target forgets the copies, or it would go on answering them, to real clients.
         """
-        self.table.end_all(
-            time.monotonic_ns(), Outcome.INTERCEPT_ENDED, Fate.REFUSED_NO_INTERCEPT
-        )
+        self.table.end_all(time.monotonic_ns(), Outcome.INTERCEPT_ENDED, Fate.REFUSED_NO_INTERCEPT)
         self._egress.flush(self.table.outbox)
 
     def _open_or_close(self) -> None:
@@ -370,11 +373,14 @@ class Replay:
                     say(f"pycopy: {ifname} is gone; nothing is captured there any more")
             if not any(tap.attachments for tap in self._captures):
                 raise PycopyError(
-                    "every interface that was captured is gone", "start pycopy again once it is back"
+                    "every interface that was captured is gone",
+                    "start pycopy again once it is back",
                 )
             self._watch_host()
         limit_mb = self.config.memory_mb
         self._out_of_memory = bool(limit_mb) and live.rss_bytes() > limit_mb << 20
+        if self._out_of_memory:
+            self.table.shed((limit_mb << 20) // SHED_SHARE, time.monotonic_ns())
         self._open_or_close()
 
     def _notice_silence(self) -> None:
@@ -463,10 +469,13 @@ class Replay:
     def close(self) -> None:
         """Undo everything, in reverse order; safe after a failed start."""
         with contextlib.ExitStack() as last_first:
-            for close in (self._loop, self._signals, self._hops, self._egress):
-                last_first.callback(close.close)
-            for each in (*self._intercepts, *self._clients, *self._captures):
-                last_first.callback(each.close)
+            for close in (
+                self._loop.close, self._signals.close, self._hops.close, self._egress.close,
+                *(tap.close for tap in self._intercepts),
+                *(client.close for client in self._clients),
+                *(tap.close for tap in self._captures),
+            ):  # fmt: skip
+                last_first.callback(close)
             for tap in self._captures + self._intercepts:
                 last_first.callback(self._loop.remove, tap.ring.fileno())
 
@@ -503,5 +512,3 @@ def run(config: ReplayConfig) -> int:
     finally:
         replay.view.stop()
         replay.close()
-
-

@@ -9,6 +9,7 @@ Does not know who fills the ring nor what a segment means.
 
 import mmap
 from collections.abc import Iterator
+from contextlib import suppress
 
 from pycopy.abi import PIECE_BYTES, SEGMENT, SEGMENT_BYTES, Segment
 
@@ -102,7 +103,9 @@ class Ring:
                 yield new(segment_type, fields), payload
         finally:
             self._position = position
-            consumer[0] = position
+            # Closed half-way (an interrupt): then nobody waits for the room.
+            with suppress(ValueError):
+                consumer[0] = position
 
     def drain_raw(self, limit: int) -> Iterator[bytes]:
         """As :meth:`drain`, but each record's struct pycopy_segment as it is, for the channel."""
@@ -125,7 +128,9 @@ class Ring:
                 yield pages[offset : offset + SEGMENT_BYTES]
         finally:
             self._position = position
-            consumer[0] = position
+            # Closed half-way (an interrupt): then nobody waits for the room.
+            with suppress(ValueError):
+                consumer[0] = position
 
     def close(self) -> None:
         """Unmap; the descriptor is closed by whoever opened it."""

@@ -6,6 +6,7 @@ record means is the session engine's business.
 """
 
 import errno
+import os
 import select
 import socket
 import time
@@ -313,7 +314,7 @@ class InterceptClient:
         error = sock.connect_ex(address)
         if error not in (0, errno.EINPROGRESS):
             sock.close()
-            self._lose(errno.errorcode.get(error, str(error)))
+            self._lose(os.strerror(error))
             return
         self._socket = sock
         self._loop.add(sock.fileno(), WRITE, self._on_connect)
@@ -324,7 +325,7 @@ class InterceptClient:
             return
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
-            self._lose(OSError(error, "").strerror or errno.errorcode.get(error, str(error)))
+            self._lose(os.strerror(error))
             return
         self._loop.remove(sock.fileno())
         self._socket = None

@@ -69,6 +69,7 @@ class Tap:
 
     def close(self) -> None:
         self.detach()
+        self.ring.close()
         self.module.close()
 
 

@@ -17,6 +17,7 @@ everywhere = pytest.mark.parametrize("placement", list(Placement), ids=lambda on
 intercepted = pytest.mark.parametrize(
     "placement", [Placement.TARGET, Placement.ASSISTANT], ids=lambda one: one.value
 )
+families = pytest.mark.parametrize("family", (4, 6))
 CHANNEL_PORT = 36524
 LOAD = {"short": 31, "rate": 700, "answers": (1, 1009, 100_003)}
 
@@ -171,3 +172,20 @@ def _blast(lab, family, count):
                 place = noise.randrange(14, len(frame)) if len(frame) > 14 else 13
                 frame[place] ^= 1 << noise.randrange(8)
             raw.send(bytes(frame))
+
+
+@families
+def test_a_service_that_starts_after_the_intercept(scenario, family):
+    """Started first it cannot know that it is on the target; it must notice."""
+    run = scenario(Placement.TARGET, family)
+    for server in run.target:
+        server.stop()
+    run.copying.intercepts[0].start()
+    assert "this is the assistant" in run.copying.intercepts[0].messages
+    for server in run.target:
+        server.start()
+    run.copying.replays[0].start()
+    assert "this is the target now" in run.copying.intercepts[0].messages
+    run._resets = run._resets_sent()
+    run.load(101, 23, short=7)
+    run.finish()

@@ -21,7 +21,7 @@ import pytest
 
 pytest.importorskip("pyroute2")
 
-from pycopy import nexthop, wire
+from pycopy import abi, nexthop, wire
 from pycopy.errors import PycopyError
 from pycopy.sender import Sender
 

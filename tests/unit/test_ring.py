@@ -194,3 +194,16 @@ def test_a_second_reader_goes_on_where_the_first_stopped(writer):
     second = Ring(writer.fd, RING_BYTES)
     assert drained(second) == [(2, b"")]
     second.close()
+
+
+def test_closed_while_a_drain_is_half_way(writer):
+    """An interrupt ends the loop over a drain, and the driver closes what it has."""
+    half_way = Ring(writer.fd, RING_BYTES)
+    writer.write(record(1))
+    writer.write(record(2))
+    for drain in (half_way.drain(10), half_way.drain_raw(10)):
+        next(drain)
+        half_way.close()
+        drain.close()
+        half_way = Ring(writer.fd, RING_BYTES)
+    half_way.close()
