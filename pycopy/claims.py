@@ -62,9 +62,8 @@ class Claims:
         self._tables.append(table)
         self._room = min(self._room, table[0].max_entries)
         for item, verdict in self._verdicts.items():
-            table[0].update(
-                CLAIM_KEY.pack(item.prefix_bits, item.addr), verdict.to_bytes(_VALUE_BYTES, "little")
-            )
+            key = CLAIM_KEY.pack(item.prefix_bits, item.addr)
+            table[0].update(key, verdict.to_bytes(_VALUE_BYTES, "little"))
         self._set_default(self._default)
 
     def pass_addresses(self, addresses: Iterable[bytes]) -> None:

@@ -11,9 +11,7 @@ _WORDS = struct.Struct("!4I")
 _ANY = bytes(16)
 
 
-def services_prelude(
-    services: Iterable[tuple[bytes | None, int]], forwarded: bool = False
-) -> str:
+def services_prelude(services: Iterable[tuple[bytes | None, int]], forwarded: bool = False) -> str:
     """PYCOPY_SERVICES: ``S(index, whose, port, w0, w1, w2, w3)`` for each online (address, port).
 
     An address of None stands for every address of this host, or, ``forwarded``, of any.

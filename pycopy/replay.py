@@ -9,38 +9,32 @@ replayed; shutdown goes the other way.
 """
 
 import contextlib
-import random
 import signal
 import time
 from functools import partial
 
-from pycopy import daemon, selfports
+from pycopy import daemon
 from pycopy.abi import CaptureCount, InterceptCount, Segment
+from pycopy.answers import Answers, ChannelAnswers, OwnAnswers
 from pycopy.attach import Hook
-from pycopy.channel import Count as ChannelCount
-from pycopy.channel import Hello, InterceptClient
-from pycopy.claims import range_of
 from pycopy.config import ReplayConfig, endpoint
-from pycopy.devices import Device, find_devices, local_addresses
+from pycopy.devices import find_devices, local_addresses
 from pycopy.egress import Egress
-from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError, UsageError
+from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
 from pycopy.ledger import Count, Fate, Ledger
 from pycopy.loop import NEVER_NS, READ, Loop
 from pycopy.messages import say
 from pycopy.nexthop import NextHops
-from pycopy.session.addresses import Addresses, KeptAddresses, PooledAddresses, SelfPorts
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.states import Outcome
 from pycopy.session.table import Table
 from pycopy.signals import Signals
 from pycopy.sources import live
-from pycopy.sources.live import SelfIntercept, Tap
+from pycopy.sources.live import Tap
 from pycopy.view import View
 
 #: Records taken from a ring before timers and the other inputs get their turn.
 BATCH = 256
-#: The zero-route mode's second ring: 17,000 responses, which are headers only.
-RESPONSE_RING_BYTES = 2 << 20
 #: Shortest time between two turns of the loop: what arrives meanwhile is one batch, which
 #: saves a wake-up per segment. It bounds what batching adds to a copy's delay.
 COALESCE_NS = 300_000
@@ -59,13 +53,6 @@ NO_INTERCEPT = "NO_INTERCEPT"
 SHED_SHARE = 4
 #: SYNs without any answer for so long are worth a word.
 SILENCE_NS = 3 * SECOND
-NO_ANSWER_HINTS = (
-    "is the intercept on the right device (-i), does its filter select the target's port, has\n"
-    "  the target a route for the clients' addresses (ip route get CLIENT), is its rp_filter 0?"
-)
-NO_ANSWER_HINTS_SELF = (
-    "does the target accept connections from this host (curl), is a firewall in between?"
-)
 
 
 class Replay:
@@ -76,23 +63,25 @@ class Replay:
         self.ledger = Ledger()
         self._loop = Loop()
         self._captures: list[Tap] = []
-        self._self: SelfIntercept | None = None
         self._first_syn_ns = 0
         self._warned_of_silence = False
-        self._intercepts: list[Tap] = []
         self._local_addresses: set[bytes] = set()
-        self._clients: list[InterceptClient] = []
-        self._hops = NextHops(on_change=self._on_hop_change)
+        self._hops = NextHops(on_change=lambda _hop: self._answers.on_hop_change())
         self._egress = Egress(self._hops, self.ledger, config.mtu)
         self._targets = [(each.target_addr, each.target_port) for each in config.services]
-        self._self_ports = (0, 0)
+        self._answers: Answers = (
+            ChannelAnswers(
+                config, self._loop, self._targets, self._on_records, self._open_or_close,
+                self._on_bye,
+            )
+            if config.intercepts
+            else OwnAnswers(config, self._loop, self._hops, self._targets, self._on_response_ring)
+        )  # fmt: skip
         self._housekeeping_at = 0
         self._woken_ns = 0
         self._draining = False
         self._stopping = False
         self._finished = False
-        #: Not every intercept is connected: answers could reach real clients.
-        self._cut_off = False
         self._out_of_memory = False
         services = ", ".join(map(str, config.services))
         self.view = View(
@@ -109,7 +98,6 @@ class Replay:
 
     def start(self) -> None:
         """Resolve, attach, connect; raises PycopyError with everything undone by close()."""
-        config = self.config
         self._loop.add(self._hops.fileno(), READ, self._hops.on_readable)
         for target_addr, _ in self._targets:
             self._hops.resolve(target_addr)
@@ -117,13 +105,10 @@ class Replay:
         for target_addr, _ in self._targets:
             self._egress.prepare(self._hops.resolve(target_addr))
         self.table = Table(
-            self._rules(), self.ledger, self._addresses(), self._targets,
+            self._rules(), self.ledger, self._answers.addresses(), self._targets,
             self._egress.path_mss, time.monotonic_ns(),
         )  # fmt: skip
-        if config.intercepts:
-            self._connect_intercepts()
-        else:
-            self._intercept_self()
+        self._answers.start(self.table)
         self._capture()
 
     def _rules(self) -> Rules:
@@ -137,60 +122,6 @@ class Replay:
             idle_ns=config.session_idle_s * SECOND,
             max_sessions=config.max_sessions,
         )
-
-    def _addresses(self) -> Addresses:
-        config = self.config
-        if not config.intercepts:
-            self._self_ports = selfports.choose_range(config.self_ports)
-            selfports.hold_range(self._self_ports)
-            ports = selfports.choose_ports(self._self_ports)
-            return SelfPorts(ports, lambda target: self._hops.resolve(target).source)
-        if config.client_pool:
-            return PooledAddresses(config.client_pool, frozenset(addr for addr, _ in self._targets))
-        return KeptAddresses()
-
-    def _intercept_self(self) -> None:
-        config = self.config
-        self._self = SelfIntercept(
-            self._targets, self._self_ports, min(config.ring_bytes, RESPONSE_RING_BYTES),
-            config.max_sessions,
-        )  # fmt: skip
-        self._intercepts = self._self.taps
-        self.table.on_claim = self._self.claim
-        self.table.on_release = self._self.release
-        self._cover(find_devices([]))
-        self._cover_ways_out()
-
-    def _cover(self, devices: list[Device]) -> None:
-        """Swallow our copies' answers on ``devices`` as well."""
-        assert self._self is not None
-        for tap in self._self.cover(devices):
-            self._loop.add(tap.ring.fileno(), READ, partial(self._on_response_ring, tap))
-
-    def _cover_ways_out(self) -> None:
-        """The devices towards the targets count among them even without an address."""
-        hops = [self._hops.resolve(addr) for addr, _ in self._targets]
-        self._cover(find_devices(sorted({hop.ifname for hop in hops if hop.usable})))
-
-    def _connect_intercepts(self) -> None:
-        config = self.config
-        ranges = tuple(map(range_of, config.client_pool))
-        hello = Hello(random.getrandbits(64), ranges)
-        for address in config.intercepts:
-            client = InterceptClient(
-                address, hello, self._loop,
-                on_records=self._on_records, on_state=say,
-                on_connected=self._on_connected, on_bye=self._on_bye,
-                live_claims=lambda: tuple(self.table.by_target),
-            )  # fmt: skip
-            self._clients.append(client)
-            if config.lonely:
-                client.start()
-            else:
-                client.connect_blocking(START_TIMEOUT_S)
-        self._open_or_close()
-        self.table.on_claim = self._claim
-        self.table.on_release = self._release
 
     def _capture(self) -> None:
         config = self.config
@@ -213,13 +144,10 @@ class Replay:
         where = ", ".join(each.ifname for tap in self._captures for each in tap.attachments)
         how = {each.how for tap in self._captures for each in tap.attachments}
         services = ", ".join(str(service) for service in config.services)
-        if config.intercepts:
-            names = ", ".join(client.name for client in self._clients)
-            answers = f"responses from the intercept at {names}"
-        else:
-            low, high = self._self_ports
-            answers = f"responses swallowed here (zero-route, our ports {low}-{high})"
-        return f"ready: copying {services} from {where} ({', '.join(sorted(how))}); {answers}"
+        return (
+            f"ready: copying {services} from {where} ({', '.join(sorted(how))});"
+            f" {self._answers.describe()}"
+        )
 
     # -- input ----------------------------------------------------------------------------
 
@@ -241,27 +169,6 @@ class Replay:
         for segment in records:
             on_target(segment, now_ns)
 
-    def _on_connected(self, client: InterceptClient) -> None:
-        if client.connected:
-            self._drop_twin(client)
-        self._open_or_close()
-
-    def _drop_twin(self, client: InterceptClient) -> None:
-        """One intercept under two addresses would take each connection for the other's end."""
-        others = (other for other in self._clients if other is not client)
-        twin = next((other for other in others if other.instance == client.instance), None)
-        if twin is None:
-            return
-        first, second = sorted((client, twin), key=self._clients.index)
-        if self._signals.at_once and not self.config.lonely:
-            raise UsageError(
-                f"-s: {first.name} and {second.name} are one and the same intercept",
-                "name each intercept once",
-            )
-        self._clients = [other for other in self._clients if other is not second]
-        second.close()
-        say(f"intercept {second.name} is {first.name} by another address: left out")
-
     def _on_bye(self) -> None:
         """An intercept is about to leave: the last moment at which answers are swallowed.
 
@@ -272,29 +179,12 @@ class Replay:
 
     def _open_or_close(self) -> None:
         """Say whether sessions may be opened now, and whether anything may be sent."""
-        self._cut_off = not all(client.connected for client in self._clients)
         if self._out_of_memory:
             self.table.closed_for = Fate.REFUSED_MEMORY_LIMIT
-        elif self._cut_off:
+        elif self._answers.cut_off:
             self.table.closed_for = Fate.REFUSED_NO_INTERCEPT
         else:
             self.table.closed_for = None
-
-    def _claim(self, key: bytes) -> None:
-        for client in self._clients:
-            client.claim(key)
-
-    def _release(self, key: bytes) -> None:
-        for client in self._clients:
-            client.release(key)
-
-    def _on_hop_change(self, hop: object) -> None:
-        """A route may have moved to a device where nothing swallows the responses yet."""
-        if self._self is not None and self._intercepts:
-            try:
-                self._cover_ways_out()
-            except PycopyError as error:
-                say(f"responses may go unseen: {error}")
 
     # -- the loop -------------------------------------------------------------------------
 
@@ -336,27 +226,25 @@ class Replay:
             table.on_time(now_ns)
             self._send()
             table_ns = table.deadline_ns()
-        clients_ns = min((client.deadline_ns for client in self._clients), default=NEVER_NS)
+        answers_ns = self._answers.deadline_ns
         hops_ns = self._hops.deadline_ns
         # The clock again: timers and sending may have taken the time that is left.
         rest_ns = self._woken_ns + COALESCE_NS - time.monotonic_ns()
         if rest_ns > 0:
             time.sleep(rest_ns / 1e9)
-        self._loop.wait(min(until_ns, self._housekeeping_at, table_ns, clients_ns, hops_ns))
+        self._loop.wait(min(until_ns, self._housekeeping_at, table_ns, answers_ns, hops_ns))
         self._woken_ns = now_ns = time.monotonic_ns()
-        if now_ns >= clients_ns:
-            for client in self._clients:
-                client.on_timer(now_ns)
+        if now_ns >= answers_ns:
+            self._answers.on_timer(now_ns)
         if now_ns >= hops_ns:
             self._hops.tick(now_ns)
         self._send()
 
     def _send(self) -> None:
         """Claims first: an intercept must know whose the answer is before it comes."""
-        for client in self._clients:
-            client.flush()
+        self._answers.flush()
         outbox = self.table.outbox
-        if outbox and self._cut_off:
+        if outbox and self._answers.cut_off:
             # Lost on the way, for the sessions: TCP repairs it once the intercept is back.
             errors = self.ledger.send_errors
             errors[NO_INTERCEPT] = errors.get(NO_INTERCEPT, 0) + len(outbox)
@@ -394,36 +282,24 @@ class Replay:
             self._warned_of_silence = True
             targets = ", ".join(sorted({endpoint(*target) for target in self._targets}))
             say(f"no answer yet from {targets} to {counts[Count.SENT_SYN]} SYNs")
-            say(f"  {NO_ANSWER_HINTS if self._clients else NO_ANSWER_HINTS_SELF}")
+            say(f"  {self._answers.hints}")
 
     def _watch_host(self) -> None:
         """Addresses and devices come and go while we run."""
         for tap in self._captures:
             known = live.name_local_addresses(tap, self._local_addresses)
         self._local_addresses = known
-        if self._self is None:
-            return
-        self._self.forget_released()
-        for tap in self._intercepts:
-            for ifname in tap.lose_dead():
-                say(f"{ifname} is gone; responses are awaited on the other devices")
-        try:
-            self._cover(find_devices([]))
-            self._cover_ways_out()
-        except PycopyError as error:
-            say(f"responses may go unseen: {error}")
+        self._answers.watch()
 
     def _refresh_counters(self) -> None:
         ledger = self.ledger
         ledger.kernel_capture = _sum(self._captures, len(CaptureCount))
-        if self._intercepts:
-            ledger.kernel_intercept = _sum(self._intercepts, len(InterceptCount))
-        rings = self._captures + self._intercepts
+        if self._answers.taps:
+            ledger.kernel_intercept = _sum(self._answers.taps, len(InterceptCount))
+        rings = self._captures + self._answers.taps
         ledger.ring_pending_bytes = sum(tap.ring.pending_bytes() for tap in rings)
         ledger.active = len(self.table.by_target)
-        ledger.intercept_dropped = sum(
-            client.counts[ChannelCount.DROPPED_BY_INTERCEPT] for client in self._clients
-        )
+        ledger.intercept_dropped = self._answers.dropped
 
     # -- end ------------------------------------------------------------------------------
 
@@ -433,9 +309,9 @@ class Replay:
             tap.detach()
         self.table.end_all(time.monotonic_ns())
         self._send()
-        for tap in self._intercepts:
+        for tap in self._answers.taps:
             tap.detach()
-        for tap in self._captures + self._intercepts:
+        for tap in self._captures + self._answers.taps:
             self._count_rest(tap)
         self._refresh_counters()
         self._finished = True
@@ -471,12 +347,11 @@ class Replay:
         with contextlib.ExitStack() as last_first:
             for close in (
                 self._loop.close, self._signals.close, self._hops.close, self._egress.close,
-                *(tap.close for tap in self._intercepts),
-                *(client.close for client in self._clients),
+                self._answers.close,
                 *(tap.close for tap in self._captures),
             ):  # fmt: skip
                 last_first.callback(close)
-            for tap in self._captures + self._intercepts:
+            for tap in self._captures + self._answers.taps:
                 last_first.callback(self._loop.remove, tap.ring.fileno())
 
 

@@ -43,7 +43,7 @@ def choose_range(wanted: tuple[int, int] | None) -> tuple[int, int]:
     if wanted is not None:
         if wanted[0] <= high and wanted[1] >= low:
             raise UsageError(
-                f"--ports {wanted[0]}-{wanted[1]} overlaps this host's ephemeral ports {low}-{high}",
+                f"--ports {wanted[0]}-{wanted[1]} overlaps the host's ephemeral ports {low}-{high}",
                 "its own connections could be given one of them; choose ports outside that range",
             )
         return wanted

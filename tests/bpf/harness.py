@@ -27,7 +27,9 @@ CONTINUE = {"tc": TC_CONTINUE, "xdp": XDP_PASS}
 SWALLOW = {"tc": TC_SHOT, "xdp": XDP_DROP}
 
 #: A service on whatever port the packet is addressed to.
-EVERY_PORT = "#define PYCOPY_SERVICES(S) S(0, PYCOPY_ANYBODYS, ntohs(packet->tcp.dst_port), 0, 0, 0, 0)\n"
+EVERY_PORT = (
+    "#define PYCOPY_SERVICES(S) S(0, PYCOPY_ANYBODYS, ntohs(packet->tcp.dst_port), 0, 0, 0, 0)\n"
+)
 
 #: BPF_PROG_TEST_RUN takes no less (Linux 6.18: the IP header must be there) and no more.
 TC_MIN_BYTES, TC_MAX_BYTES, XDP_MIN_BYTES = {4: 34, 6: 54}, 3600, 14

@@ -110,7 +110,15 @@ def rss():
 
 def test_it_costs_little_memory():
     # All of pyroute2 would be 26 MB of the 40 MB the whole replay may take.
-    code = RSS + "a = rss()\nfrom pycopy import nexthop\nnexthop.NextHops().resolve(bytes(10) + b'\\xff\\xff\\x7f\\0\\0\\1')\nprint(rss() - a)"
+    code = (
+        RSS
+        + """
+before = rss()
+from pycopy import nexthop
+nexthop.NextHops().resolve(bytes(10) + bytes([255, 255, 127, 0, 0, 1]))
+print(rss() - before)
+"""
+    )
     assert int(run(code)[0]) < 12_000
 
 
