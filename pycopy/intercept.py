@@ -23,7 +23,7 @@ from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
 from pycopy.frame import BALANCED, Value
 from pycopy.loop import READ, Loop
 from pycopy.signals import Signals
-from pycopy.sources.live import Tap
+from pycopy.sources.live import Tap, load_tap
 from pycopy.view import View
 
 #: How each hook makes a packet vanish. At egress TC_ACT_SHOT would tell the target's TCP,
@@ -212,18 +212,15 @@ class Intercept:
             if (tap.hook, tap.l2_bytes) == (hook, l2_bytes):
                 return tap
         config = self._config
-        module = loader.load(
-            "intercept.c",
-            defines={
-                "PYCOPY_HOOK_XDP": int(hook is Hook.XDP),
-                "PYCOPY_L2_BYTES": l2_bytes,
-                "PYCOPY_RING_BYTES": config.ring_bytes,
+        tap = load_tap(
+            "intercept.c", l2_bytes, hook, config.ring_bytes,
+            pcapfilter.compile_filter(config.filter, l2_bytes),
+            {
                 "PYCOPY_VERDICT_SWALLOW": _SWALLOW[hook],
                 "PYCOPY_CHANNEL_PORT": self._server.port,
             },
-            prelude=pcapfilter.compile_filter(config.filter, l2_bytes),
-        )
-        tap = Tap(module, config.ring_bytes, hook, l2_bytes)
+            Tap,
+        )  # fmt: skip
         self._stack.callback(tap.close)
         self._taps.append(tap)
         return tap

@@ -11,6 +11,7 @@ replayed; shutdown goes the other way.
 import contextlib
 import signal
 import time
+from collections.abc import Sequence
 from functools import partial
 
 from pycopy import daemon
@@ -18,7 +19,7 @@ from pycopy.abi import CaptureCount, InterceptCount, Segment
 from pycopy.answers import Answers, ChannelAnswers, OwnAnswers
 from pycopy.attach import Hook
 from pycopy.config import ReplayConfig, endpoint
-from pycopy.devices import find_devices, local_addresses
+from pycopy.devices import find_devices
 from pycopy.egress import Egress
 from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
 from pycopy.ledger import Count, Fate, Ledger
@@ -30,7 +31,7 @@ from pycopy.session.states import Outcome
 from pycopy.session.table import Table
 from pycopy.signals import Signals
 from pycopy.sources import live
-from pycopy.sources.live import Tap
+from pycopy.sources.live import Capture, Tap
 from pycopy.view import View
 
 #: Records taken from a ring before timers and the other inputs get their turn.
@@ -62,10 +63,9 @@ class Replay:
         self.config = config
         self.ledger = Ledger()
         self._loop = Loop()
-        self._captures: list[Tap] = []
+        self._captures: list[Capture] = []
         self._first_syn_ns = 0
         self._warned_of_silence = False
-        self._local_addresses: set[bytes] = set()
         self._hops = NextHops(on_change=lambda _hop: self._answers.on_hop_change())
         self._egress = Egress(self._hops, self.ledger, config.mtu)
         self._targets = [(each.target_addr, each.target_port) for each in config.services]
@@ -131,7 +131,6 @@ class Replay:
         self._captures = live.capture(
             devices, services, hook, config.filter, config.ring_bytes, config.forwarded
         )
-        self._local_addresses = local_addresses()
         for tap in self._captures:
             self._loop.add(tap.ring.fileno(), READ, partial(self._on_capture_ring, tap))
             for attachment in tap.attachments:
@@ -287,8 +286,7 @@ class Replay:
     def _watch_host(self) -> None:
         """Addresses and devices come and go while we run."""
         for tap in self._captures:
-            known = live.name_local_addresses(tap, self._local_addresses)
-        self._local_addresses = known
+            tap.name_local_addresses()
         self._answers.watch()
 
     def _refresh_counters(self) -> None:
@@ -296,7 +294,7 @@ class Replay:
         ledger.kernel_capture = _sum(self._captures, len(CaptureCount))
         if self._answers.taps:
             ledger.kernel_intercept = _sum(self._answers.taps, len(InterceptCount))
-        rings = self._captures + self._answers.taps
+        rings = [*self._captures, *self._answers.taps]
         ledger.ring_pending_bytes = sum(tap.ring.pending_bytes() for tap in rings)
         ledger.active = len(self.table.by_target)
         ledger.intercept_dropped = self._answers.dropped
@@ -311,24 +309,21 @@ class Replay:
         self._send()
         for tap in self._answers.taps:
             tap.detach()
-        for tap in self._captures + self._answers.taps:
-            self._count_rest(tap)
+        self._count_rest()
         self._refresh_counters()
         self._finished = True
 
-    def _count_rest(self, tap: Tap) -> None:
-        """What is left in a ring when the run ends still gets its fate."""
-        table = self.table
-        table.closed_for = Fate.DROPPED_RUN_ENDED
-        now_ns = time.monotonic_ns()
-        is_capture = tap in self._captures
-        while tap.ring.pending_bytes():
-            for segment, payload in tap.drain(BATCH):
-                if is_capture:
-                    table.on_client(segment, payload, now_ns)
-                else:
-                    table.on_target(segment, now_ns)
-        table.outbox.clear()
+    def _count_rest(self) -> None:
+        """What is left in the rings when the run ends still gets its fate."""
+        self.table.closed_for = Fate.DROPPED_RUN_ENDED
+        for taps, take in (
+            (self._captures, self._on_capture_ring),
+            (self._answers.taps, self._on_response_ring),
+        ):
+            for tap in taps:
+                while tap.ring.pending_bytes():
+                    take(tap, READ)
+        self.table.outbox.clear()
 
     def snapshot(self) -> dict[str, dict[str, int | float | str]]:
         """For the view: the ledger, and whether it balances."""
@@ -351,11 +346,11 @@ class Replay:
                 *(tap.close for tap in self._captures),
             ):  # fmt: skip
                 last_first.callback(close)
-            for tap in self._captures + self._answers.taps:
+            for tap in (*self._captures, *self._answers.taps):
                 last_first.callback(self._loop.remove, tap.ring.fileno())
 
 
-def _sum(taps: list[Tap], number: int) -> list[int]:
+def _sum(taps: Sequence[Tap], number: int) -> list[int]:
     totals = [0] * number
     for tap in taps:
         totals = [total + count for total, count in zip(totals, tap.counters(number), strict=True)]

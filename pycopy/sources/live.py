@@ -8,6 +8,7 @@ zero-route mode. What the segments mean is the session engine's business.
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pycopy import loader, prelude
 from pycopy.abi import Segment
@@ -73,9 +74,32 @@ class Tap:
         self.module.close()
 
 
-def _tap(
-    source: str, l2_bytes: int, hook: Hook, ring_bytes: int, text: str, defines: Mapping[str, int]
-) -> Tap:
+class Capture(Tap):
+    """A tap on clients' segments; it has been told which addresses are this host's."""
+
+    def __init__(self, module: loader.Module, ring_bytes: int, hook: Hook, l2_bytes: int) -> None:
+        super().__init__(module, ring_bytes, hook, l2_bytes)
+        self._told: set[bytes] = set()
+
+    def name_local_addresses(self) -> None:
+        """Tell the program what has changed since the last time; it may change while we run."""
+        table = self.module.maps["local_addresses"]
+        now = local_addresses()
+        for address in now - self._told:
+            table.update(address, b"\1")
+        for address in self._told - now:
+            table.delete(address)
+        self._told = now
+
+
+AnyTap = TypeVar("AnyTap", bound=Tap)
+
+
+def load_tap(
+    source: str, l2_bytes: int, hook: Hook, ring_bytes: int, text: str,
+    defines: Mapping[str, int | str], kind: type[AnyTap],
+) -> AnyTap:  # fmt: skip
+    """Load ``source`` of bpf/ for ``hook``; ``text`` is generated C that goes before it."""
     module = loader.load(
         source,
         defines={
@@ -86,12 +110,12 @@ def _tap(
         },
         prelude=text,
     )
-    return Tap(module, ring_bytes, hook, l2_bytes)
+    return kind(module, ring_bytes, hook, l2_bytes)
 
 
-def _spread(devices: Sequence[Device], make: Callable[[int], Tap]) -> list[Tap]:
+def _spread(devices: Sequence[Device], make: Callable[[int], AnyTap]) -> list[AnyTap]:
     """Attach to every device, with one tap (``make(l2_bytes)``) for each link type among them."""
-    taps: list[Tap] = []
+    taps: list[AnyTap] = []
     try:
         for device in devices:
             tap = next((each for each in taps if each.l2_bytes == device.l2_bytes), None)
@@ -109,31 +133,20 @@ def _spread(devices: Sequence[Device], make: Callable[[int], Tap]) -> list[Tap]:
 def capture(
     devices: Sequence[Device], services: Sequence[Service], hook: Hook, expression: str,
     ring_bytes: int, forwarded: bool,
-) -> list[Tap]:  # fmt: skip
+) -> list[Capture]:  # fmt: skip
     """Capture the client segments of ``services`` on ``devices`` (bpf/capture.c).
 
     A service without an address is any address of this host; ``forwarded``: of anybody.
     """
 
-    def make(l2_bytes: int) -> Tap:
+    def make(l2_bytes: int) -> Capture:
         text = prelude.services_prelude(services, forwarded)
         text += compile_filter(expression, l2_bytes)
-        tap = _tap("capture.c", l2_bytes, hook, ring_bytes, text, {})
-        name_local_addresses(tap, set())
+        tap = load_tap("capture.c", l2_bytes, hook, ring_bytes, text, {}, Capture)
+        tap.name_local_addresses()
         return tap
 
     return _spread(devices, make)
-
-
-def name_local_addresses(tap: Tap, known: set[bytes]) -> set[bytes]:
-    """Tell a capture which addresses are this host's now; ``known``: what it was told before."""
-    table = tap.module.maps["local_addresses"]
-    now = local_addresses()
-    for address in now - known:
-        table.update(address, b"\1")
-    for address in known - now:
-        table.delete(address)
-    return now
 
 
 class SelfIntercept:
@@ -177,7 +190,9 @@ class SelfIntercept:
             "PYCOPY_CHANNEL_PORT": 0,
             "PYCOPY_SESSIONS": self._max_sessions + SPARE_SESSIONS,
         }
-        tap = _tap("intercept.c", l2_bytes, Hook.TC_INGRESS, self._ring_bytes, text, defines)
+        tap = load_tap(
+            "intercept.c", l2_bytes, Hook.TC_INGRESS, self._ring_bytes, text, defines, Tap
+        )
         for key in self._claimed:
             tap.module.maps["ours"].update(key, b"\1")
         return tap
