@@ -11,8 +11,9 @@ from typing import Protocol
 
 from pycopy.abi import CLAIM_KEY, PASS, SWALLOW
 from pycopy.channel import Range
-from pycopy.config import Network, map_address, unmap_address
+from pycopy.config import Network
 from pycopy.errors import PycopyError
+from pycopy.inet import map_address, unmap_address
 
 _VALUE_BYTES = 4
 _DEFAULT_KEY = bytes(4)

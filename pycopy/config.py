@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pycopy.errors import UsageError
+from pycopy.inet import Address, map_address, unmap_address
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Resolver = Callable[[str], Address]
 
@@ -23,7 +23,6 @@ RESPONSE_IDLE_S = 600
 SESSION_IDLE_EXTRA_S = 120
 
 _FIRST_USER_PORT = 1024
-_MAPPED_PREFIX = bytes(10) + b"\xff\xff"
 _ENTRY_FORM = "write [srcIP:]srcPort-dstIP:dstPort, for example 80-10.0.0.2:8080"
 _NETWORK_FORM = "write an address, CIDR, or the form 62.135.200.x"
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
@@ -92,18 +91,6 @@ class InterceptConfig(ProcessConfig):
     bind: str = ""  #: "" is every address of this host, IPv4 and IPv6
     port: int = INTERCEPT_PORT
     pass_nets: list[Network] = field(default_factory=list)
-
-
-def map_address(address: Address) -> bytes:
-    """16 bytes of ``address``, IPv4 as IPv4-mapped."""
-    packed = address.packed
-    return packed if len(packed) == 16 else _MAPPED_PREFIX + packed
-
-
-def unmap_address(packed: bytes) -> Address:
-    if packed.startswith(_MAPPED_PREFIX):
-        return ipaddress.IPv4Address(packed[12:])
-    return ipaddress.IPv6Address(packed)
 
 
 def endpoint(packed: bytes, port: int) -> str:

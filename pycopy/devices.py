@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from pycopy import netlink
 from pycopy.errors import HostUnfit, UsageError
+from pycopy.inet import MAPPED_PREFIX
 
 # linux/sockios.h, if.h, if_arp.h
 _SIOCGIFFLAGS, _SIOCGIFADDR, _SIOCGIFHWADDR = 0x8913, 0x8915, 0x8927
@@ -21,7 +22,6 @@ _IFREQ = struct.Struct("=16sH22x")
 _RTM_GETADDR = 22
 _IFADDRMSG = struct.Struct("=BBBBI")
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
-_MAPPED = bytes(10) + b"\xff\xff"
 
 
 class Device(NamedTuple):
@@ -53,7 +53,7 @@ def local_addresses() -> set[bytes]:
         # On a point-to-point link IFA_ADDRESS is the other end; IPv6 has IFA_LOCAL only then.
         address = attributes.get(_IFA_LOCAL) or attributes.get(_IFA_ADDRESS, b"")
         if address:
-            found.add(_MAPPED + address if len(address) == 4 else address)
+            found.add(MAPPED_PREFIX + address if len(address) == 4 else address)
     return found
 
 

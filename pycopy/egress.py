@@ -8,6 +8,7 @@ import errno
 
 from pycopy import wire
 from pycopy.abi import FIN, KEY, RST, SYN
+from pycopy.inet import family_of
 from pycopy.ledger import Count, Ledger
 from pycopy.nexthop import Hop, NextHops
 from pycopy.sender import Sender
@@ -36,7 +37,7 @@ class Egress:
         """Largest TCP payload of one frame to ``target_addr``, options not counted."""
         hop = self._hops.resolve(target_addr)
         mtu = self._mtu or hop.mtu or 1500
-        return mtu - (40 if target_addr.startswith(b"\0" * 10 + b"\xff\xff") else 60)
+        return mtu - (40 if family_of(target_addr) == 4 else 60)
 
     def flush(self, outbox: list[Emission]) -> None:
         """Send and empty ``outbox``."""

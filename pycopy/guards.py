@@ -9,8 +9,9 @@ import ipaddress
 import socket
 from collections.abc import Iterable
 
-from pycopy.config import Service, endpoint, unmap_address
+from pycopy.config import Service, endpoint
 from pycopy.errors import HostUnfit, Refused, UsageError
+from pycopy.inet import unmap_address
 
 # linux/capability.h
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_BPF": 39}

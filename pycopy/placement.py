@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from pycopy import pcapfilter
 from pycopy.channel import Placement
-from pycopy.config import map_address, unmap_address
+from pycopy.inet import MAPPED_PREFIX, map_address, unmap_address
 
 #: Any client: documentation addresses (RFC 5737, RFC 3849), which nobody has.
 _CLIENTS = (
@@ -20,7 +20,6 @@ _CLIENTS = (
     map_address(ipaddress.ip_address("2001:db8::7")),
 )
 _CLIENT_PORT = 40961
-_MAPPED = bytes(10) + b"\xff\xff"
 _LISTEN = "0A"
 #: More wildcard listeners times addresses than this are not tried.
 _MAX_TRIES = 4096
@@ -70,7 +69,7 @@ def _listener(local: str) -> Listener:
     words = [int(address[at : at + 8], 16) for at in range(0, len(address), 8)]
     packed = struct.pack(f"={len(words)}I", *words)
     if len(packed) == 4:
-        packed = _MAPPED + packed if any(packed) else bytes(16)
+        packed = MAPPED_PREFIX + packed if any(packed) else bytes(16)
     return packed, int(port, 16)
 
 
@@ -81,7 +80,7 @@ def _selected(
     tries = 0
     for source, port in _sources(listeners, list(own)):
         for client in clients:
-            if (client[:12] == _MAPPED) != (source[:12] == _MAPPED):
+            if (client[:12] == MAPPED_PREFIX) != (source[:12] == MAPPED_PREFIX):
                 continue
             tries += 1
             if tries > _MAX_TRIES:
@@ -115,7 +114,7 @@ def _named_addresses(expression: str) -> Iterator[bytes]:
 def _syn_ack(source: bytes, source_port: int, client: bytes) -> bytes:
     """A frame as the service's first answer would be; checksums are nobody's concern here."""
     tcp = struct.pack("!HHIIBBHHH", source_port, _CLIENT_PORT, 1, 1, 0x50, 0x12, 65535, 0, 0)
-    if source[:12] == _MAPPED:
+    if source[:12] == MAPPED_PREFIX:
         header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp), 0, 0x4000, 64, 6, 0)
         return bytes(12) + b"\x08\x00" + header + source[12:] + client[12:] + tcp
     header = struct.pack("!IHBB", 6 << 28, len(tcp), 6, 64)

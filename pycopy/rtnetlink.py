@@ -5,6 +5,7 @@ what the answers are used for.
 """
 
 import importlib.util
+import ipaddress
 import os
 import socket
 import struct
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from pycopy.errors import HostUnfit
+from pycopy.inet import MAPPED_PREFIX, map_address, unmap_address
 
 # linux/netlink.h, rtnetlink.h
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
@@ -36,7 +38,6 @@ _GROUPS = (
 )
 _NLMSGHDR = struct.Struct("=IHHII")
 _DATAGRAM_BYTES = 1 << 16
-_MAPPED = bytes(10) + b"\xff\xff"
 
 
 class Codecs(NamedTuple):
@@ -154,19 +155,15 @@ def open_events() -> socket.socket:
 
 def family_of(address: bytes) -> int:
     """AF_INET for an IPv4-mapped address, else AF_INET6."""
-    return socket.AF_INET if address.startswith(_MAPPED) else socket.AF_INET6
+    return socket.AF_INET if address.startswith(MAPPED_PREFIX) else socket.AF_INET6
 
 
 def to_text(address: bytes) -> str:
-    if address.startswith(_MAPPED):
-        return socket.inet_ntop(socket.AF_INET, address[12:])
-    return socket.inet_ntop(socket.AF_INET6, address)
+    return str(unmap_address(address))
 
 
 def from_text(text: str) -> bytes:
-    if ":" in text:
-        return socket.inet_pton(socket.AF_INET6, text)
-    return _MAPPED + socket.inet_pton(socket.AF_INET, text)
+    return map_address(ipaddress.ip_address(text))
 
 
 def mac_bytes(text: str | None) -> bytes:

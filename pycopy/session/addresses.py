@@ -14,6 +14,7 @@ from typing import Protocol
 from zlib import crc32
 
 from pycopy.abi import KEY
+from pycopy.inet import family_of, map_address
 
 IsFree = Callable[[bytes], bool]
 
@@ -113,7 +114,7 @@ class PooledAddresses:
         index = bisect_right(starts, number) - 1
         net = pool[index]
         first = 0 if usable_hosts(net) == net.num_addresses else 1
-        return mapped(net[first + number - starts[index]])
+        return map_address(net[first + number - starts[index]])
 
 
 class SelfPorts:
@@ -143,17 +144,6 @@ class SelfPorts:
             if is_free(key):
                 return key
         return None
-
-
-def family_of(addr: bytes) -> int:
-    """4 for an IPv4-mapped 16-byte address, else 6."""
-    return 4 if addr.startswith(b"\0" * 10 + b"\xff\xff") else 6
-
-
-def mapped(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bytes:
-    """Return ``address`` as 16 bytes, IPv4-mapped for IPv4 (RFC 4291 2.5.5.2)."""
-    packed = address.packed
-    return b"\0" * 10 + b"\xff\xff" + packed if len(packed) == 4 else packed
 
 
 def usable_hosts(net: Network) -> int:

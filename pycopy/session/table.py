@@ -21,9 +21,10 @@ from pycopy.abi import (
     SYN,
     Segment,
 )
+from pycopy.inet import family_of
 from pycopy.ledger import Count, Fate, Ledger, ResponseFate
 from pycopy.seq import MASK
-from pycopy.session.addresses import Addresses, IsFree, family_of
+from pycopy.session.addresses import Addresses, IsFree
 from pycopy.session.admission import Admission
 from pycopy.session.arrival import MAX_WSCALE, MIN_MSS
 from pycopy.session.rules import MS, SECOND, Rules

@@ -22,7 +22,7 @@ import pytest
 from pycopy.abi import ACK, KIND_TARGET, SYN
 from pycopy.channel import Hello, InterceptClient
 from pycopy.claims import range_of
-from pycopy.config import map_address
+from pycopy.inet import map_address
 from pycopy.loop import Loop
 
 pytestmark = [

@@ -3,6 +3,7 @@ import ipaddress
 import pytest
 
 from pycopy.abi import KEY
+from pycopy.inet import family_of, map_address
 from pycopy.session.addresses import (
     PORT_HI,
     PORT_LO,
@@ -10,14 +11,12 @@ from pycopy.session.addresses import (
     KeptAddresses,
     PooledAddresses,
     SelfPorts,
-    family_of,
-    mapped,
     usable_hosts,
 )
 
 
 def address(text):
-    return mapped(ipaddress.ip_address(text))
+    return map_address(ipaddress.ip_address(text))
 
 
 CLIENT, TARGET = address("10.0.0.7"), address("10.0.0.9")

@@ -7,7 +7,7 @@ import pytest
 from pycopy.abi import CLAIM_KEY, PASS, SWALLOW
 from pycopy.channel import Range
 from pycopy.claims import Claims, ClaimsFull, describe, range_of
-from pycopy.config import map_address
+from pycopy.inet import map_address
 
 OWN = map_address(ipaddress.ip_address("10.0.0.2"))
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from pycopy import cli, options
-from pycopy.config import map_address
 from pycopy.errors import UsageError
+from pycopy.inet import map_address
 
 COMMANDS = list(options.COMMANDS)
 PARSERS = {

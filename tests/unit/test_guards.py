@@ -6,8 +6,9 @@ import pytest
 
 from pycopy import config, guards
 from pycopy.errors import HostUnfit, Refused, UsageError
+from pycopy.inet import map_address
 
-LOCAL = {config.map_address(ipaddress.ip_address(a)) for a in ("10.0.0.1", "fd00::1")}
+LOCAL = {map_address(ipaddress.ip_address(a)) for a in ("10.0.0.1", "fd00::1")}
 
 
 def check(text, allow_public=False):

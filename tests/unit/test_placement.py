@@ -6,8 +6,8 @@ import socket
 import pytest
 
 from pycopy.channel import Placement
-from pycopy.config import map_address
 from pycopy.errors import UsageError
+from pycopy.inet import map_address
 from pycopy.placement import choose, listeners
 
 

@@ -14,7 +14,7 @@ def test_one_closer_that_fails_does_not_skip_the_rest(monkeypatch):
     closed = []
 
     class Broken:
-        class ring:  # noqa: N801
+        class ring:
             @staticmethod
             def fileno():
                 return -1

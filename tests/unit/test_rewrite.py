@@ -6,8 +6,8 @@ import pytest
 
 from pycopy import wire
 from pycopy.abi import ACK, FIN, KEY, OPT_SACK_PERM, OPT_TIMESTAMPS, OPT_WSCALE, PSH, RST, SYN
+from pycopy.inet import map_address
 from pycopy.session import rewrite
-from pycopy.session.addresses import mapped
 from pycopy.session.session import Emission, Session
 from pycopy.session.views import Online, Target
 
@@ -18,7 +18,7 @@ ALL = OPT_WSCALE | OPT_SACK_PERM | OPT_TIMESTAMPS
 
 
 def session(family=4, options=ALL, mss=1460):
-    source, target = (mapped(ipaddress.ip_address(each)) for each in ADDRESSES[family])
+    source, target = (map_address(ipaddress.ip_address(each)) for each in ADDRESSES[family])
     view = Target(1000, 1, mss, 0)
     view.options, view.rcv_wscale, view.irs, view.ts_recent = options, 7, 5000, 77
     made = Session(None, b"", KEY.pack(source, target, 40000, 80), family, 0, Online(0), view, 0)
