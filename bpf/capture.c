@@ -14,6 +14,9 @@
 #include <uapi/linux/pkt_cls.h>
 
 #include "parse.h"
+#if PYCOPY_FASTPATH
+#include "fastpath.h"
+#endif
 
 #if PYCOPY_HOOK_XDP
 #define PYCOPY_CONTINUE XDP_PASS
@@ -194,7 +197,7 @@ static __always_inline void capture(PYCOPY_CTX *ctx)
 	struct pycopy_packet packet = {};
 	struct pycopy_scratch *work;
 	struct pycopy_segment *segment;
-	int parsed, service, zero = 0;
+	int parsed, service, kept = 0, zero = 0;
 
 	parsed = pycopy_parse_flow(ctx, &packet);
 	if (parsed == PYCOPY_FRAGMENT) {
@@ -227,7 +230,14 @@ static __always_inline void capture(PYCOPY_CTX *ctx)
 	segment->service = service;
 	pycopy_set_key(&segment->key, packet.src, packet.tcp.src_port, packet.dst,
 		       packet.tcp.dst_port);
-	if (!follow_handshake(segment)) {
+#if PYCOPY_FASTPATH
+	kept = pycopy_keep_client(ctx, &packet, segment);
+	if (kept == PYCOPY_KEPT || kept == PYCOPY_IDLE_ACK) {
+		count(kept == PYCOPY_KEPT ? PYCOPY_CAP_KEPT : PYCOPY_CAP_PURE_ACK, 1);
+		return;
+	}
+#endif
+	if (!kept && !follow_handshake(segment)) {
 		count(PYCOPY_CAP_PURE_ACK, 1);
 		return;
 	}

@@ -17,6 +17,9 @@
 #include <uapi/linux/pkt_cls.h>
 
 #include "parse.h"
+#if PYCOPY_FASTPATH
+#include "fastpath.h"
+#endif
 
 #if PYCOPY_HOOK_XDP
 #define PYCOPY_VERDICT_PASS XDP_PASS
@@ -29,7 +32,9 @@
 BPF_RINGBUF_OUTPUT(segments, PYCOPY_RING_BYTES / PAGE_SIZE);
 BPF_PERCPU_ARRAY(counts, u64, PYCOPY_INT_COUNTS);
 BPF_PERCPU_ARRAY(scratch, struct pycopy_scratch, 1);
-#ifdef PYCOPY_SELF
+#if PYCOPY_FASTPATH
+/* The connections that are copies are in the map "targets", which has a slot for each. */
+#elif defined(PYCOPY_SELF)
 /* The connections that are copies; user space enters one before its SYN. */
 BPF_F_TABLE("hash", struct pycopy_key, u8, ours, PYCOPY_SESSIONS, BPF_F_NO_PREALLOC);
 #else
@@ -76,7 +81,11 @@ static __always_inline u32 claim_of(struct pycopy_packet *packet)
 	__builtin_memcpy(key.server_addr, packet->src, sizeof(key.server_addr));
 	__builtin_memcpy(key.client_port, &packet->tcp.dst_port, sizeof(key.client_port));
 	__builtin_memcpy(key.server_port, &packet->tcp.src_port, sizeof(key.server_port));
+#if PYCOPY_FASTPATH
+	return pycopy_lookup(PYCOPY_MAP_TARGETS, &key) ? PYCOPY_SWALLOW : PYCOPY_PASS;
+#else
 	return ours.lookup(&key) ? PYCOPY_SWALLOW : PYCOPY_PASS;
+#endif
 }
 
 #else
@@ -127,29 +136,48 @@ static __always_inline u32 claim_of(struct pycopy_packet *packet)
 #endif
 
 /* Puts the segment's record into the ring; the counter that says how it went. */
-static __always_inline int record(PYCOPY_CTX *ctx, struct pycopy_packet *packet)
+static __always_inline int record(struct pycopy_segment *segment)
 {
-	struct pycopy_scratch *work;
-	struct pycopy_segment *segment, *record;
-	int parsed, zero = 0;
+	struct pycopy_segment *record = segments.ringbuf_reserve(sizeof(*record));
 
-	work = scratch.lookup(&zero);
-	if (!work) /* never: the verifier asks */
-		return PYCOPY_INT_RING_FULL;
-	segment = &work->segment;
-	parsed = pycopy_parse_tcp(ctx, packet, work);
-	if (parsed)
-		return parsed == PYCOPY_TRUNCATED ? PYCOPY_INT_TRUNCATED : PYCOPY_INT_MALFORMED;
-	segment->time_ns = bpf_ktime_get_ns();
-	segment->kind = PYCOPY_TARGET;
-	pycopy_set_key(&segment->key, packet->dst, packet->tcp.dst_port, packet->src,
-		       packet->tcp.src_port);
-	record = segments.ringbuf_reserve(sizeof(*record));
 	if (!record)
 		return PYCOPY_INT_RING_FULL;
 	*record = *segment;
 	segments.ringbuf_submit(record, 0);
 	return PYCOPY_INT_CAPTURED;
+}
+
+/* A response that is to be swallowed: the verdict, and one counter that says how it went. */
+static __always_inline int swallow(PYCOPY_CTX *ctx, struct pycopy_packet *packet)
+{
+	struct pycopy_scratch *work;
+	struct pycopy_segment *segment;
+	int parsed, zero = 0;
+
+	work = scratch.lookup(&zero);
+	if (!work) /* never: the verifier asks */
+		return PYCOPY_VERDICT_SWALLOW;
+	segment = &work->segment;
+	parsed = pycopy_parse_tcp(ctx, packet, work);
+	if (parsed) {
+		count(parsed == PYCOPY_TRUNCATED ? PYCOPY_INT_TRUNCATED : PYCOPY_INT_MALFORMED);
+		return PYCOPY_VERDICT_SWALLOW;
+	}
+	segment->time_ns = bpf_ktime_get_ns();
+	segment->kind = PYCOPY_TARGET;
+	pycopy_set_key(&segment->key, packet->dst, packet->tcp.dst_port, packet->src,
+		       packet->tcp.src_port);
+#if PYCOPY_FASTPATH
+	u32 ifindex = 0;
+	int kept = pycopy_keep_target(ctx, segment, &ifindex);
+
+	if (kept == PYCOPY_KEPT || kept == PYCOPY_GONE_OUT) {
+		count(PYCOPY_INT_KEPT);
+		return kept == PYCOPY_KEPT ? PYCOPY_VERDICT_SWALLOW : bpf_redirect(ifindex, 0);
+	}
+#endif
+	count(record(segment));
+	return PYCOPY_VERDICT_SWALLOW;
 }
 
 int pycopy_intercept(PYCOPY_CTX *ctx)
@@ -166,7 +194,7 @@ int pycopy_intercept(PYCOPY_CTX *ctx)
 	if (parsed == PYCOPY_FRAGMENT)
 		count(PYCOPY_INT_FRAGMENT);
 	else if (claim == PYCOPY_SWALLOW)
-		count(record(ctx, &packet));
+		return swallow(ctx, &packet);
 	else
 		count(PYCOPY_INT_PASSED);
 	return claim == PYCOPY_SWALLOW ? PYCOPY_VERDICT_SWALLOW : PYCOPY_VERDICT_PASS;

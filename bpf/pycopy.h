@@ -67,7 +67,7 @@ struct pycopy_segment {
 
 /* Per-CPU counters of capture.c (map "counts").
  * SELECTED + EXTRA_PIECES = CAPTURED + PURE_ACK + FILTERED + FRAGMENT +
- * TRUNCATED + MALFORMED + RING_FULL, always.
+ * TRUNCATED + MALFORMED + RING_FULL + KEPT, always.
  */
 enum pycopy_capture_count {
 	PYCOPY_CAP_SELECTED = 0,  /* TCP segments to a copied service, and every TCP fragment */
@@ -79,11 +79,12 @@ enum pycopy_capture_count {
 	PYCOPY_CAP_TRUNCATED,	  /* headers or payload end before their own lengths say */
 	PYCOPY_CAP_MALFORMED,	  /* lengths or options that contradict themselves */
 	PYCOPY_CAP_RING_FULL,	  /* user space was too slow: lost, and counted here */
+	PYCOPY_CAP_KEPT,	  /* taken by a session of the kernel's own (PYCOPY_FAST_CLIENT) */
 	PYCOPY_CAP_COUNTS
 };
 
 /* Per-CPU counters of intercept.c (map "counts").
- * MATCHED = CAPTURED + PASSED + FRAGMENT + TRUNCATED + MALFORMED + RING_FULL.
+ * MATCHED = CAPTURED + PASSED + FRAGMENT + TRUNCATED + MALFORMED + RING_FULL + KEPT.
  */
 enum pycopy_intercept_count {
 	PYCOPY_INT_MATCHED = 0,	  /* TCP segments that the filter selects */
@@ -93,6 +94,7 @@ enum pycopy_intercept_count {
 	PYCOPY_INT_TRUNCATED,
 	PYCOPY_INT_MALFORMED,
 	PYCOPY_INT_RING_FULL,	  /* swallowed, but its record was lost */
+	PYCOPY_INT_KEPT,	  /* taken by a session of the kernel's own (PYCOPY_FAST_RESPONSES) */
 	PYCOPY_INT_COUNTS
 };
 
@@ -107,6 +109,252 @@ enum pycopy_claim {
 struct pycopy_claim_key {
 	__u32 prefix_bits;	/* 0..128, IPv4-mapped for IPv4 (96 + n) */
 	__u8 addr[16];
+};
+
+/* --- Sessions that the kernel keeps: fastpath.h, fastpath.c ---
+ *
+ * A session is the engine's (pycopy/session/) or the kernel's, never both's.  The
+ * kernel opens it and hands it over, with its state, as soon as anything unusual
+ * happens; user space gives it back when it is quiet.  The words are those of
+ * pycopy/session/views.py, but sequence numbers stay 32 bits wide.
+ */
+
+/* Who moves a session on.  FREE > KERNEL > LEAVING > USER > KERNEL or FREE. */
+enum pycopy_owner {
+	PYCOPY_FREE = 0,
+	PYCOPY_KERNEL = 1,
+	PYCOPY_LEAVING = 2, /* handed over; user space has not fetched it yet */
+	PYCOPY_USER = 3,
+};
+
+/* pycopy.session.states.State, by the same numbers. */
+enum pycopy_state {
+	PYCOPY_CLOSED = 1,
+	PYCOPY_SYN_SENT,
+	PYCOPY_ESTABLISHED,
+	PYCOPY_FIN_WAIT_1,
+	PYCOPY_FIN_WAIT_2,
+	PYCOPY_CLOSING,
+	PYCOPY_CLOSE_WAIT,
+	PYCOPY_LAST_ACK,
+	PYCOPY_TIME_WAIT, /* also after LAST_ACK: late segments are still answered */
+};
+
+/* Why a session left the kernel. */
+enum pycopy_left {
+	PYCOPY_LEFT_ORDER = 0, /* a client segment out of order, or overlapping */
+	PYCOPY_LEFT_RESET,     /* RST, of either side */
+	PYCOPY_LEFT_TIMEOUT,   /* not acknowledged in time */
+	PYCOPY_LEFT_DUP_ACK,   /* duplicate acknowledgement, or SACK blocks */
+	PYCOPY_LEFT_RESPONSE,  /* a response that is not the next one, or not acceptable */
+	PYCOPY_LEFT_QUEUE,     /* more to hold than the kernel holds */
+	PYCOPY_LEFT_LOG,       /* no room in the log of sent segments */
+	PYCOPY_LEFT_CLOSE,     /* a close that the two servers do not have in common */
+	PYCOPY_LEFT_QUIET,     /* the target's answer is shorter: a matter of time */
+	PYCOPY_LEFT_OPTIONS,   /* headers that the kernel does not rewrite */
+	PYCOPY_LEFT_REUSED,    /* the client's port began another connection */
+	PYCOPY_LEFT_HOP,       /* the next hop is not usable, or its segments are smaller */
+	PYCOPY_LEFT_SILENT,    /* the long limits: -t, -k */
+	PYCOPY_LEFT_ASKED,     /* user space asked for it */
+	PYCOPY_LEFT_REASONS
+};
+
+/* Bits of pycopy_session.known. */
+#define PYCOPY_KNOWN_IRS  0x1 /* online_irs: the client has acknowledged */
+#define PYCOPY_KNOWN_NEED 0x2 /* online_need: something was put in order */
+#define PYCOPY_KNOWN_FIN  0x4 /* the client's FIN was captured: its stream is complete */
+#define PYCOPY_KNOWN_TIME 0x8 /* timed_*: a round trip is being measured */
+#define PYCOPY_KNOWN_SENT 0x10 /* sent_need: something was sent */
+
+/* Client segments that one session holds back at most. */
+#define PYCOPY_HELD_MAX 8
+
+struct pycopy_session {
+	struct bpf_spin_lock lock;
+	__u32 generation; /* of the slot: what refers to an earlier one is stale */
+	__u8 owner;	  /* enum pycopy_owner */
+	__u8 state;	  /* enum pycopy_state */
+	__u8 family;	  /* 4 or 6, of the connection to the target */
+	__u8 options;	  /* PYCOPY_OPT_* in use with the target; before its SYN-ACK: offered */
+	__u8 snd_wscale;
+	__u8 rcv_wscale;
+	__u8 held;	 /* how many of held_at[] are in use */
+	__u8 held_first; /* index of the oldest */
+	__u16 service;
+	__u16 mss;  /* option of our SYN; then the smaller of both sides' */
+	__u16 smss; /* the same less the options of every segment */
+	__u16 left; /* enum pycopy_left, when not the kernel's any more */
+	__u32 known;
+	__u32 iss; /* the client's, kept towards the target */
+	__u32 online_irs;
+	__u32 online_snd_nxt; /* next byte expected of the client, sent or held what is before */
+	__u32 online_rcv_nxt; /* highest acknowledgement of the client */
+	__u32 online_need;    /* acknowledgement of the last segment put in order */
+	__u32 sent_need;      /* of the last one sent */
+	__u32 reserved;
+	__u32 irs;
+	__u32 snd_una;
+	__u32 snd_nxt;
+	__u32 snd_wnd; /* bytes */
+	__u32 snd_wl1;
+	__u32 snd_wl2;
+	__u32 rcv_nxt;
+	__u32 rcv_acked;
+	__u32 ts_recent;
+	__u32 need_base; /* online response bytes that count as none */
+	__u32 answered;	 /* rcv_nxt when the last request was sent */
+	__u32 cwnd;	 /* bytes */
+	__u32 ssthresh;
+	__u32 timed_end; /* acknowledged up to here, the measured round trip is over */
+	__u64 timed_ns;
+	__u64 srtt_ns;
+	__u64 rttvar_ns;
+	__u64 rto_ns;
+	__u64 rto_at; /* 0: not running; in TIME_WAIT: when it is over */
+	__u64 ack_at; /* 0: nothing to acknowledge */
+	__u64 progress_ns;
+	__u64 client_ns; /* when the client last spoke */
+	__u64 log_last;	 /* where the client's last segment is in the log, 0: nowhere */
+	__u64 held_at[PYCOPY_HELD_MAX];
+	struct pycopy_key online; /* the connection online */
+	struct pycopy_key target; /* and ours to the target */
+};
+
+/* Value of the maps "flows" (by the online key) and "targets" (by the target key). */
+struct pycopy_flow {
+	__u32 slot; /* index in "sessions", or PYCOPY_NO_SLOT: a session of user space's own */
+	__u32 generation;
+};
+
+#define PYCOPY_NO_SLOT 0xffffffff
+
+/* A position in the log: CPU in the upper 16 bits, offset (never wrapping) below. */
+#define PYCOPY_LOG_CPU_SHIFT 48
+
+/* One client segment in the log, its payload behind it. */
+struct pycopy_log_record {
+	__u32 bytes; /* of the whole record, a multiple of 8 */
+	__u32 slot;
+	__u32 generation;
+	__u32 seq;
+	__u32 ack; /* the client's, of the online server's stream */
+	__u32 seg_len;
+	__u32 tcp_flags;
+	__u32 end;	/* seq of what follows, FIN included */
+	__u64 time_ns;	/* when it was captured */
+	__u64 before;	/* the session's previous record */
+};
+
+/* The head of one CPU's log; PYCOPY_LOG_BYTES of records and room for one more follow. */
+struct pycopy_log_head {
+	__u64 head; /* offset of the next record */
+	__u64 tail; /* offset of the oldest that may still be needed */
+	__u64 reserved[6];
+};
+
+/* Longest payload that the log takes. */
+#define PYCOPY_LOG_PAYLOAD 65536
+
+/* The way to a service's target: map "hops", by service. */
+struct pycopy_hop {
+	__u32 ifindex;
+	__u8 usable;
+	__u8 family; /* of the target */
+	__u16 mss;   /* largest payload of one frame, options not counted */
+	__u8 l2[14];
+	__be16 target_port;
+	__u8 source[16]; /* ours, where copies leave under our own address */
+	__u8 target[16];
+};
+
+/* Map "fast_config", one entry; times in nanoseconds, as in pycopy/session/rules.py. */
+struct pycopy_fast_config {
+	__u64 now_ns; /* a test's clock; 0: the kernel's */
+	__u64 quiet_ns;
+	__u64 quiet_max_ns;
+	__u64 delayed_ack_ns;
+	__u64 rto_initial_ns;
+	__u64 rto_min_ns;
+	__u64 rto_max_ns;
+	__u64 time_wait_ns;
+	__u64 keepalive_ns;
+	__u64 idle_ns;
+	__u32 timestamp_origin;
+	__u32 closed; /* non-zero: open no session */
+	__u32 wait_for_response;
+	__u32 ports; /* how many are in map "ports"; 0: the client's own address and port */
+};
+
+/* What fastpath.c is asked to do with a session, by user space. */
+enum pycopy_request {
+	PYCOPY_TAKE = 1, /* it becomes USER's; its state comes back */
+	PYCOPY_GIVE = 2, /* it becomes KERNEL's, with the state that comes along */
+	PYCOPY_DROP = 3, /* its slot becomes free */
+};
+
+struct pycopy_command {
+	__u32 request; /* enum pycopy_request; 0 comes back if it was done */
+	__u32 slot;
+	__u32 generation;
+	__u32 reserved;
+	__u8 session[320]; /* struct pycopy_session */
+};
+
+/* Record of the ring "attention": a session that user space must fetch. */
+struct pycopy_attention {
+	__u32 slot;
+	__u32 generation;
+};
+
+/* One value of the per-CPU map "work": what does not fit on a program's stack. */
+#define PYCOPY_WORK_BYTES 512
+
+/* How the timer is run: __sk_buff.mark going in, and coming out as the return value. */
+enum pycopy_timer {
+	PYCOPY_TIMER_BEGIN = 1,	   /* a new pass over the sessions with something pending */
+	PYCOPY_TIMER_BEGIN_ALL = 2, /* over all sessions */
+	PYCOPY_TIMER_GO_ON = 3,
+	PYCOPY_TIMER_GO_ON_ALL = 4,
+	PYCOPY_TIMER_DONE = 5,
+};
+
+/* Upper bounds of the hold-time histogram: pycopy.ledger.HOLD_BUCKETS_US. */
+#define PYCOPY_HOLD_BUCKETS 7
+
+/* Per-CPU counters of the kernel's sessions (map "fast_counts").
+ * CLIENT = SENT_AT_ONCE + HELD + STEERED + DUPLICATE; of HELD, RELEASED have been sent.
+ * RESPONSES = RESPONSES_STEERED + RESPONSES_DUPLICATE.
+ */
+enum pycopy_fast_count {
+	PYCOPY_FAST_CLIENT = 0, /* client segments taken */
+	PYCOPY_FAST_SENT_AT_ONCE,
+	PYCOPY_FAST_HELD,
+	PYCOPY_FAST_RELEASED,
+	PYCOPY_FAST_STEERED,
+	PYCOPY_FAST_DUPLICATE,
+	PYCOPY_FAST_SYN,
+	PYCOPY_FAST_PAYLOAD,
+	PYCOPY_FAST_PAYLOAD_BYTES,
+	PYCOPY_FAST_RESPONSES,
+	PYCOPY_FAST_RESPONSES_STEERED,
+	PYCOPY_FAST_RESPONSES_DUPLICATE,
+	PYCOPY_FAST_RESPONSE_PAYLOAD,
+	PYCOPY_FAST_RESPONSE_FIN,
+	PYCOPY_FAST_OPENED,
+	PYCOPY_FAST_ESTABLISHED,
+	PYCOPY_FAST_CLOSED,
+	PYCOPY_FAST_EXPIRED, /* sessions whose TIME_WAIT is over */
+	PYCOPY_FAST_TAKEN,   /* sessions that user space has taken */
+	PYCOPY_FAST_GIVEN,
+	PYCOPY_FAST_OUT_SEGMENTS,
+	PYCOPY_FAST_OUT_PAYLOAD,
+	PYCOPY_FAST_OUT_SYN,
+	PYCOPY_FAST_OUT_FIN,
+	PYCOPY_FAST_OUT_ACK,
+	PYCOPY_FAST_OUT_FAILED, /* refused by the device: loss, for TCP to repair */
+	PYCOPY_FAST_HOLD_TIME,	/* the first of PYCOPY_HOLD_BUCKETS */
+	PYCOPY_FAST_LEFT = PYCOPY_FAST_HOLD_TIME + PYCOPY_HOLD_BUCKETS, /* the first of LEFT_REASONS */
+	PYCOPY_FAST_COUNTS = PYCOPY_FAST_LEFT + PYCOPY_LEFT_REASONS
 };
 
 #endif

@@ -73,6 +73,7 @@ class CaptureCount(IntEnum):
     TRUNCATED = 6
     MALFORMED = 7
     RING_FULL = 8
+    KEPT = 9
 
 
 class InterceptCount(IntEnum):
@@ -85,6 +86,7 @@ class InterceptCount(IntEnum):
     TRUNCATED = 4
     MALFORMED = 5
     RING_FULL = 6
+    KEPT = 7
 
 
 PASS = 0
@@ -92,3 +94,175 @@ SWALLOW = 1
 
 #: ``struct pycopy_claim_key``: prefix length in bits (IPv4: 96 + n), address (16 bytes).
 CLAIM_KEY = struct.Struct("<I16s")
+
+
+# --- sessions that the kernel keeps ------------------------------------------------------
+
+
+class Owner(IntEnum):
+    """``enum pycopy_owner``: who moves a session on."""
+
+    FREE = 0
+    KERNEL = 1
+    LEAVING = 2
+    USER = 3
+
+
+class Left(IntEnum):
+    """``enum pycopy_left``: why a session left the kernel."""
+
+    ORDER = 0
+    RESET = 1
+    TIMEOUT = 2
+    DUP_ACK = 3
+    RESPONSE = 4
+    QUEUE = 5
+    LOG = 6
+    CLOSE = 7
+    QUIET = 8
+    OPTIONS = 9
+    REUSED = 10
+    HOP = 11
+    SILENT = 12
+    ASKED = 13
+
+
+KNOWN_IRS, KNOWN_NEED, KNOWN_FIN, KNOWN_TIME, KNOWN_SENT = 0x1, 0x2, 0x4, 0x8, 0x10
+
+HELD_MAX = 8
+
+
+class KernelSession(NamedTuple):
+    """``struct pycopy_session``; what the fields mean is said there."""
+
+    lock: int
+    generation: int
+    owner: int
+    state: int
+    family: int
+    options: int
+    snd_wscale: int
+    rcv_wscale: int
+    held: int
+    held_first: int
+    service: int
+    mss: int
+    smss: int
+    left: int
+    known: int
+    iss: int
+    online_irs: int
+    online_snd_nxt: int
+    online_rcv_nxt: int
+    online_need: int
+    sent_need: int
+    reserved: int
+    irs: int
+    snd_una: int
+    snd_nxt: int
+    snd_wnd: int
+    snd_wl1: int
+    snd_wl2: int
+    rcv_nxt: int
+    rcv_acked: int
+    ts_recent: int
+    need_base: int
+    answered: int
+    cwnd: int
+    ssthresh: int
+    timed_end: int
+    timed_ns: int
+    srtt_ns: int
+    rttvar_ns: int
+    rto_ns: int
+    rto_at: int
+    ack_at: int
+    progress_ns: int
+    client_ns: int
+    log_last: int
+    held_at: bytes
+    online: bytes
+    target: bytes
+
+
+KERNEL_SESSION = struct.Struct("<II8B4H22I9Q64s36s36s")
+
+#: ``struct pycopy_flow``.
+FLOW = struct.Struct("<II")
+NO_SLOT = 0xFFFFFFFF
+
+
+class LogRecord(NamedTuple):
+    """``struct pycopy_log_record``; the payload follows it."""
+
+    bytes: int
+    slot: int
+    generation: int
+    seq: int
+    ack: int
+    seg_len: int
+    tcp_flags: int
+    end: int
+    time_ns: int
+    before: int
+
+
+LOG_RECORD = struct.Struct("<8IQQ")
+#: ``struct pycopy_log_head``: head, tail, reserved.
+LOG_HEAD = struct.Struct("<QQ48s")
+LOG_CPU_SHIFT = 48
+LOG_PAYLOAD = 65536
+
+#: ``struct pycopy_hop``: ifindex, usable, family, mss, l2, port (network order), source, target.
+HOP = struct.Struct("<IBBH14s2s16s16s")
+
+#: ``struct pycopy_fast_config``: ten times in nanoseconds, then origin, closed, wait, ports.
+FAST_CONFIG = struct.Struct("<10Q4I")
+
+#: ``struct pycopy_command`` without its session: request, slot, generation, reserved.
+COMMAND = struct.Struct("<4I")
+TAKE, GIVE, DROP = 1, 2, 3
+
+#: ``struct pycopy_attention``.
+ATTENTION = struct.Struct("<II")
+
+TIMER_BEGIN, TIMER_BEGIN_ALL, TIMER_GO_ON, TIMER_GO_ON_ALL, TIMER_DONE = 1, 2, 3, 4, 5
+
+WORK_BYTES = 512
+HOLD_BUCKETS = 7
+
+
+class FastCount(IntEnum):
+    """``enum pycopy_fast_count``: index into the per-CPU array ``fast_counts``."""
+
+    CLIENT = 0
+    SENT_AT_ONCE = 1
+    HELD = 2
+    RELEASED = 3
+    STEERED = 4
+    DUPLICATE = 5
+    SYN = 6
+    PAYLOAD = 7
+    PAYLOAD_BYTES = 8
+    RESPONSES = 9
+    RESPONSES_STEERED = 10
+    RESPONSES_DUPLICATE = 11
+    RESPONSE_PAYLOAD = 12
+    RESPONSE_FIN = 13
+    OPENED = 14
+    ESTABLISHED = 15
+    CLOSED = 16
+    EXPIRED = 17
+    TAKEN = 18
+    GIVEN = 19
+    OUT_SEGMENTS = 20
+    OUT_PAYLOAD = 21
+    OUT_SYN = 22
+    OUT_FIN = 23
+    OUT_ACK = 24
+    OUT_FAILED = 25
+    HOLD_TIME = 26
+    LEFT = 33
+
+
+FAST_COUNTS = FastCount.LEFT + len(Left)

@@ -17,6 +17,7 @@ from pycopy.claims import range_of
 from pycopy.config import ReplayConfig
 from pycopy.devices import Device, find_devices
 from pycopy.errors import PycopyError, UsageError
+from pycopy.fastpath.driver import FastPath
 from pycopy.loop import NEVER_NS, READ, Loop
 from pycopy.messages import say
 from pycopy.nexthop import NextHops
@@ -47,7 +48,10 @@ class Answers(Protocol):
 
     def addresses(self) -> Addresses: ...
 
-    def start(self, table: Table) -> None: ...
+    def may_stay_in_kernel(self) -> str:
+        """Why the kernel cannot keep sessions here; empty: it can."""
+
+    def start(self, table: Table, fastpath: FastPath | None) -> None: ...
 
     def describe(self) -> str: ...
 
@@ -81,20 +85,26 @@ class OwnAnswers:
         self._targets = targets
         self._on_ring = on_ring
         self._ports = (0, 0)
+        self._usable: list[int] = []
         self._intercept: SelfIntercept | None = None
 
     def addresses(self) -> Addresses:
         """Ports of a range that is ours alone."""
         self._ports = selfports.choose_range(self._config.self_ports)
         selfports.hold_range(self._ports)
-        ports = selfports.choose_ports(self._ports)
-        return SelfPorts(ports, lambda target: self._hops.resolve(target).source)
+        self._usable = selfports.choose_ports(self._ports)
+        return SelfPorts(self._usable, lambda target: self._hops.resolve(target).source)
 
-    def start(self, table: Table) -> None:
+    def may_stay_in_kernel(self) -> str:
+        return ""
+
+    def start(self, table: Table, fastpath: FastPath | None) -> None:
         config = self._config
+        if fastpath is not None:
+            fastpath.use_ports(self._usable)
         self._intercept = SelfIntercept(
             self._targets, self._ports, min(config.ring_bytes, RESPONSE_RING_BYTES),
-            config.max_sessions,
+            config.max_sessions, fastpath.kernel if fastpath else None,
         )  # fmt: skip
         self.taps = self._intercept.taps
         table.on_claim = self._intercept.claim
@@ -189,7 +199,10 @@ class ChannelAnswers:
             return PooledAddresses(self._config.client_pool, targets)
         return KeptAddresses()
 
-    def start(self, table: Table) -> None:
+    def may_stay_in_kernel(self) -> str:
+        return "responses come from another host"
+
+    def start(self, table: Table, fastpath: FastPath | None) -> None:
         config = self._config
         hello = Hello(random.getrandbits(64), tuple(map(range_of, config.client_pool)))
         for address in config.intercepts:

@@ -129,6 +129,7 @@ def replay_config(argv: Sequence[str], resolver: config.Resolver = config.resolv
     wanted.only_full_sessions = given.full_sessions_only
     wanted.ramp = given.ramp
     wanted.forwarded = given.forwarded
+    wanted.fastpath = not given.no_fastpath
     wanted.lonely = given.lonely
     wanted.allow_public_target = given.allow_public_target
     _process(given, wanted, "replay")

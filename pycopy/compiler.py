@@ -25,7 +25,7 @@ def _receive(channel: socket.socket) -> dict[str, Any]:
 
 
 def _compile(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
-    """The reply and the descriptors that go with it: the program's, then each map's."""
+    """The reply and the descriptors that go with it: the programs', then each map's."""
     os.environ["BCC_KERNEL_SOURCE"] = request["stub"]
     try:
         from bcc import BPF, lib
@@ -37,17 +37,19 @@ def _compile(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         module = BPF(text=request["text"], cflags=request["cflags"])
     except Exception as error:  # bcc raises nothing more precise
         return {"failed": "compile", "text": str(error)}, []
-    if not lib.bpf_function_start(module.module, request["program"].encode()):
-        return {"failed": "compile", "text": f"no function {request['program']}"}, []
-    try:
-        kind = BPF.XDP if request["xdp"] else BPF.SCHED_CLS
-        program = module.load_func(request["program"], kind)
-    except Exception as error:
-        return {"failed": "load", "text": str(error)}, []
+    programs = []
+    for name in request["programs"]:
+        if not lib.bpf_function_start(module.module, name.encode()):
+            return {"failed": "compile", "text": f"no function {name}"}, []
+        try:
+            kind = BPF.XDP if request["xdp"] else BPF.SCHED_CLS
+            programs.append(module.load_func(name, kind).fd)
+        except Exception as error:
+            return {"failed": "load", "text": str(error)}, []
     count = lib.bpf_num_tables(module.module)
     names = [lib.bpf_table_name(module.module, index).decode() for index in range(count)]
     fds = [lib.bpf_table_fd(module.module, name.encode()) for name in names]
-    return {"maps": names}, [program.fd, *fds]
+    return {"maps": names}, [*programs, *fds]
 
 
 def main() -> None:

@@ -68,6 +68,7 @@ class ReplayConfig(ProcessConfig):
     intercepts: list[tuple[str, int]] = field(default_factory=list)  #: numeric address, port
     client_pool: list[Network] = field(default_factory=list)
     hook: str = "tc"  #: "tc" or "xdp"
+    fastpath: bool = True  #: the kernel keeps the healthy sessions
     forwarded: bool = False  #: a service without an address is anybody's, not only this host's
     wait_for_response: bool = True
     only_full_sessions: bool = False

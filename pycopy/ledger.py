@@ -95,6 +95,8 @@ class Ledger:
         self.ring_pending_bytes = 0
         self.send_errors: dict[str, int] = {}
         self.active = 0
+        #: What the kernel's own sessions did, in words; empty without them.
+        self.fastpath: dict[str, int | float | str] = {}
         self.intercept_dropped = 0
 
     def held_for(self, hold_ns: int) -> None:
@@ -126,7 +128,8 @@ class Ledger:
     def _kernel_balance(self) -> list[str]:
         wrong = []
         kernel = self.kernel_capture
-        into_ring, read = kernel[CaptureCount.CAPTURED], self.counts[Count.CAPTURED]
+        into_ring = kernel[CaptureCount.CAPTURED] + kernel[CaptureCount.KEPT]
+        read = self.counts[Count.CAPTURED]
         if into_ring != read:
             wrong.append(f"the kernel captured {into_ring} segments, {read} were read")
         seen = kernel[CaptureCount.SELECTED] + kernel[CaptureCount.EXTRA_PIECES]
@@ -138,9 +141,10 @@ class Ledger:
             matched, ends = intercept[0], sum(intercept[1:])
             if matched != ends:
                 wrong.append(f"the kernel matched {matched} responses, their fates sum to {ends}")
-            if intercept[InterceptCount.CAPTURED] != self.counts[Count.RESPONSES]:
+            into_ring = intercept[InterceptCount.CAPTURED] + intercept[InterceptCount.KEPT]
+            if into_ring != self.counts[Count.RESPONSES]:
                 wrong.append(
-                    f"the kernel captured {intercept[InterceptCount.CAPTURED]} responses, "
+                    f"the kernel captured {into_ring} responses, "
                     f"{self.counts[Count.RESPONSES]} were read"
                 )
         return wrong
@@ -193,6 +197,8 @@ class Ledger:
             "kernel": {count.name.lower(): kernel[count] for count in CaptureCount},
             "familiar": self._familiar(),
         }
+        if self.fastpath:
+            sections["fastpath"] = dict(self.fastpath)
         if self.kernel_intercept is not None:
             sections["kernel_intercept"] = {
                 count.name.lower(): self.kernel_intercept[count] for count in InterceptCount

@@ -20,6 +20,8 @@ TCX_EGRESS = 47
 #: Flag of a TCX link: at the head of the hook, since a program before ours may end the chain.
 BEFORE = 1 << 3
 
+_NOEXIST = 1
+
 XDP_FLAGS_SKB = 1 << 1
 XDP_FLAGS_DRV = 1 << 2
 
@@ -27,11 +29,18 @@ PERCPU_MAP_TYPES = frozenset({5, 6, 10, 21})
 
 _SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280}
 
-_MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE = 1, 2, 3
+_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY, _BTF_LOAD = 0, 1, 2, 3, 4, 18
+_MAP_TAKE = 21
 _PROG_TEST_RUN, _PROG_FD_BY_ID, _OBJ_INFO, _PROG_QUERY = 10, 13, 15, 16
 _LINK_CREATE, _ENABLE_STATS = 28, 32
 
+#: Map types (``enum bpf_map_type``) and flags.
+HASH, ARRAY, PERCPU_ARRAY, LRU_HASH, STACK, RINGBUF = 1, 2, 6, 9, 23, 27
+NO_PREALLOC, MMAPABLE = 1 << 0, 1 << 10
+
 #: Heads of ``union bpf_attr`` by command; the kernel takes a shorter union as zero-filled.
+_MAP = struct.Struct("=IIIII4xI16s4xIII")
+_BTF = struct.Struct("=QQIIII")
 _ELEM = struct.Struct("=IxxxxQQQ")
 _TEST_RUN = struct.Struct("=IIIIQQIIIIQQIIIxxxx")
 _INFO = struct.Struct("=IIQ")
@@ -100,7 +109,7 @@ def bpf(command: int, attr: "ctypes.Array[ctypes.c_char]") -> int:
     return result
 
 
-def _attr(layout: struct.Struct, *values: int) -> "ctypes.Array[ctypes.c_char]":
+def _attr(layout: struct.Struct, *values: int | bytes) -> "ctypes.Array[ctypes.c_char]":
     return ctypes.create_string_buffer(layout.pack(*values), layout.size)
 
 
@@ -140,6 +149,82 @@ def map_delete(map_fd: int, key: bytes) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def map_next_key(map_fd: int, key: bytes | None, key_bytes: int) -> bytes | None:
+    """The key after ``key``, the first one for None; None behind the last."""
+    key_buffer, following = _buffer(key or b""), ctypes.create_string_buffer(key_bytes)
+    pointer = ctypes.addressof(key_buffer) if key is not None else 0
+    try:
+        bpf(_MAP_NEXT_KEY, _attr(_ELEM, map_fd, pointer, ctypes.addressof(following), 0))
+    except FileNotFoundError:
+        return None
+    return following.raw
+
+
+def map_insert(map_fd: int, key: bytes, value: bytes) -> bool:
+    """Add an entry; False if there is one under ``key``."""
+    key_buffer, value_buffer = _buffer(key), _buffer(value)
+    pointers = ctypes.addressof(key_buffer), ctypes.addressof(value_buffer)
+    try:
+        bpf(_MAP_UPDATE, _attr(_ELEM, map_fd, *pointers, _NOEXIST))
+    except FileExistsError:
+        return False
+    return True
+
+
+def stack_push(map_fd: int, value: bytes) -> None:
+    value_buffer = _buffer(value)
+    bpf(_MAP_UPDATE, _attr(_ELEM, map_fd, 0, ctypes.addressof(value_buffer), 0))
+
+
+def stack_pop(map_fd: int, value_bytes: int) -> bytes | None:
+    """The value on top, taken off; None if there is none."""
+    value = ctypes.create_string_buffer(value_bytes)
+    try:
+        bpf(_MAP_TAKE, _attr(_ELEM, map_fd, 0, ctypes.addressof(value), 0))
+    except FileNotFoundError:
+        return None
+    return value.raw
+
+
+def map_create(
+    kind: int, name: str, key_bytes: int, value_bytes: int, max_entries: int, flags: int = 0,
+    lock_first: bool = False,
+) -> int:  # fmt: skip
+    """A new map's descriptor. ``lock_first``: its values begin with a struct bpf_spin_lock."""
+    btf_fd = _load_lock_btf(value_bytes) if lock_first else 0
+    types = (1, 3) if lock_first else (0, 0)  # of _load_lock_btf()
+    try:
+        return bpf(
+            _MAP_CREATE,
+            _attr(
+                _MAP, kind, key_bytes, value_bytes, max_entries, flags, 0,
+                name.encode("ascii")[:15], btf_fd, *types,
+            ),
+        )  # fmt: skip
+    finally:
+        if btf_fd:
+            os.close(btf_fd)
+
+
+def _load_lock_btf(value_bytes: int) -> int:
+    """Type information (Documentation/bpf/btf.rst) for values that begin with a spin lock.
+
+    The kernel finds a lock by its type; all else it need not know.
+    """
+    names = b"\0u32\0bpf_spin_lock\0val\0value\0lock\0"
+    at = {name: names.index(b"\0" + name + b"\0") + 1 for name in names.strip(b"\0").split(b"\0")}
+    integer, structure = 1 << 24, 4 << 24 | 1
+    types = struct.pack(
+        "=4I 6I 6I",
+        *(at[b"u32"], integer, 4, 32),
+        *(at[b"bpf_spin_lock"], structure, 4, at[b"val"], 1, 0),
+        *(at[b"value"], structure, value_bytes, at[b"lock"], 2, 0),
+    )
+    header = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(names))
+    blob = _buffer(header + types + names)
+    return bpf(_BTF_LOAD, _attr(_BTF, ctypes.addressof(blob), 0, len(blob), 0, 0, 0))
 
 
 def test_run(

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,19 +82,27 @@ class Map:
 
 
 class Module:
-    """A program and its maps; they live in the kernel until closed here and detached."""
+    """Programs and their maps; they live in the kernel until closed here and detached.
 
-    def __init__(self, program_name: str, hook_xdp: bool, fds: list[int], maps: list[str]) -> None:
-        self.program_name = program_name
+    ``program_fd`` is the first of ``program_fds``, by name: nearly always the only one.
+    """
+
+    def __init__(
+        self, programs: Sequence[str], hook_xdp: bool, fds: list[int], maps: list[str]
+    ) -> None:
+        self.program_name = programs[0]
         self.hook_xdp = hook_xdp
-        self.program_fd, *map_fds = fds
+        self.program_fds = dict(zip(programs, fds, strict=False))
+        self.program_fd = fds[0]
+        map_fds = fds[len(programs) :]
         self.maps = {name: Map(fd) for name, fd in zip(maps, map_fds, strict=True)}
 
     def close(self) -> None:
         """Close the descriptors. An attached program runs on until its attachment is closed."""
-        for fd in (self.program_fd, *(each.fd for each in self.maps.values())):
+        for fd in (*self.program_fds.values(), *(each.fd for each in self.maps.values())):
             os.close(fd)
         self.program_fd = -1
+        self.program_fds = {}
         self.maps = {}
 
 
@@ -115,18 +123,20 @@ def load(
     *,
     defines: Mapping[str, int | str],
     prelude: str = "",
-    program: str = "",
+    programs: Sequence[str] = (),
+    map_fds: Sequence[int] = (),
 ) -> Module:
     """Compile ``source`` (a file of bpf/, or a path), load its program, return it with its maps.
 
     ``defines`` must say PYCOPY_HOOK_XDP; ``prelude`` is generated C put before the file.
-    ``program`` is the name of the entry function: ``pycopy_`` and the file's name unless given.
+    ``programs`` are the names of entry functions: ``pycopy_`` and the file's name unless given.
+    ``map_fds``: maps made before, which the text names by the numbers of their descriptors.
     """
     # Before clang runs; what a container denies beyond that shows at load time.
     guards.check_privileges()
     directory = bpf_dir()
     path = directory / source
-    program = program or f"pycopy_{path.stem}"
+    programs = programs or (f"pycopy_{path.stem}",)
     hook_xdp = bool(int(defines["PYCOPY_HOOK_XDP"]))
     macros = "".join(f"#define {name} {value}\n" for name, value in defines.items())
     text = f'{macros}{_HOOK_PRELUDE}{prelude}\n#line 1 "{path.name}"\n{path.read_text("utf-8")}'
@@ -134,15 +144,17 @@ def load(
         "text": text,
         "cflags": ["-I", str(directory), "-DNDEBUG", "-Werror=implicit-function-declaration"],
         "stub": str(directory / "stub"),
-        "program": program,
+        "programs": list(programs),
         "xdp": hook_xdp,
     }
-    maps, fds = _ask_child(request, path.name)
-    return Module(program, hook_xdp, fds, maps)
+    maps, fds = _ask_child(request, path.name, map_fds)
+    return Module(programs, hook_xdp, fds, maps)
 
 
-def _ask_child(request: dict[str, Any], source: str) -> tuple[list[str], list[int]]:
-    """Have ``request`` compiled; map names, and descriptors with the program's first."""
+def _ask_child(
+    request: dict[str, Any], source: str, map_fds: Sequence[int]
+) -> tuple[list[str], list[int]]:
+    """Have ``request`` compiled; map names, and descriptors, the programs' first."""
     ours, theirs = socket.socketpair()
     with ours, tempfile.TemporaryFile() as output:
         with theirs:
@@ -152,7 +164,7 @@ def _ask_child(request: dict[str, Any], source: str) -> tuple[list[str], list[in
                 stdout=output,
                 stderr=output,
                 env=_child_environment(),
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *map_fds],
                 process_group=0,  # Ctrl-C is ours to answer, not clang's
             )
         try:

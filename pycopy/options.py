@@ -243,6 +243,12 @@ def replay_parser() -> Parser:
         "--hook", metavar="tc|xdp", help="tc (default) or xdp (attaching resets some NICs)"
     )
 
+    what.add_argument(
+        "--no-fastpath",
+        action="store_true",
+        help="every segment through user space, healthy sessions too",
+    )
+
     how = parser.add_argument_group("where responses are taken")
     how.add_argument(
         "-s",

@@ -22,6 +22,7 @@ from pycopy.config import ReplayConfig, endpoint
 from pycopy.devices import find_devices
 from pycopy.egress import Egress
 from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
+from pycopy.fastpath.driver import FastPath
 from pycopy.ledger import Count, Fate, Ledger
 from pycopy.loop import NEVER_NS, READ, Loop
 from pycopy.messages import say
@@ -66,7 +67,8 @@ class Replay:
         self._captures: list[Capture] = []
         self._first_syn_ns = 0
         self._warned_of_silence = False
-        self._hops = NextHops(on_change=lambda _hop: self._answers.on_hop_change())
+        self._hops = NextHops(on_change=lambda _hop: self._on_hop_change())
+        self._fastpath: FastPath | None = None
         self._egress = Egress(self._hops, self.ledger, config.mtu)
         self._targets = [(each.target_addr, each.target_port) for each in config.services]
         self._answers: Answers = (
@@ -108,8 +110,48 @@ class Replay:
             self._rules(), self.ledger, self._answers.addresses(), self._targets,
             self._egress.path_mss, time.monotonic_ns(),
         )  # fmt: skip
-        self._answers.start(self.table)
+        self._attach()
+
+    def _attach(self) -> None:
+        """With the fast path if this host can have it; if not, say so once."""
+        why = self._why_no_fastpath()
+        if not why:
+            try:
+                self._attach_with(FastPath(self.config))
+                return
+            except (PycopyError, OSError) as error:
+                why = str(error).splitlines()[0]
+                self._undo_attach()
+        self._attach_with(None)
+        if self.config.fastpath:
+            say(f"without the fast path, since {why}")
+
+    def _why_no_fastpath(self) -> str:
+        if not self.config.fastpath:
+            return "--no-fastpath"
+        if self.config.hook == "xdp":
+            return "the XDP hook cannot send copies"
+        return self._answers.may_stay_in_kernel()
+
+    def _attach_with(self, fastpath: FastPath | None) -> None:
+        self._fastpath = fastpath
+        if fastpath is not None:
+            fastpath.start(self.table, self.table.rules, self.ledger, self._hops, self._egress)
+        self._answers.start(self.table, fastpath)
         self._capture()
+
+    def _undo_attach(self) -> None:
+        for tap in (*self._captures, *self._answers.taps):
+            self._loop.remove(tap.ring.fileno())
+        self._answers.close()
+        self.table.kernel = None
+        if self._fastpath is not None:
+            self._fastpath.close()
+
+    def _on_hop_change(self) -> None:
+        self._answers.on_hop_change()
+        if self._fastpath is not None:
+            self._fastpath.on_hop_change()
 
     def _rules(self) -> Rules:
         config = self.config
@@ -129,8 +171,9 @@ class Replay:
         devices = find_devices(config.interfaces)
         hook = Hook.XDP if config.hook == "xdp" else Hook.TC_INGRESS
         self._captures = live.capture(
-            devices, services, hook, config.filter, config.ring_bytes, config.forwarded
-        )
+            devices, services, hook, config.filter, config.ring_bytes, config.forwarded,
+            self._fastpath.kernel if self._fastpath else None,
+        )  # fmt: skip
         for tap in self._captures:
             self._loop.add(tap.ring.fileno(), READ, partial(self._on_capture_ring, tap))
             for attachment in tap.attachments:
@@ -184,6 +227,8 @@ class Replay:
             self.table.closed_for = Fate.REFUSED_NO_INTERCEPT
         else:
             self.table.closed_for = None
+        if self._fastpath is not None:
+            self._fastpath.set_closed(self.table.closed_for is not None)
 
     # -- the loop -------------------------------------------------------------------------
 
@@ -198,6 +243,8 @@ class Replay:
         self._draining = True
         for tap in self._captures:
             tap.detach()
+        if self._fastpath is not None:
+            self._fastpath.stop(time.monotonic_ns())
         until_ns = time.monotonic_ns() + DRAIN_NS
         now_ns = look_ns = time.monotonic_ns()
         settled_ns = now_ns + SETTLE_NS
@@ -227,17 +274,27 @@ class Replay:
             table_ns = table.deadline_ns()
         answers_ns = self._answers.deadline_ns
         hops_ns = self._hops.deadline_ns
+        fast_ns = self._fastpath.deadline_ns if self._fastpath else NEVER_NS
         # The clock again: timers and sending may have taken the time that is left.
         rest_ns = self._woken_ns + COALESCE_NS - time.monotonic_ns()
         if rest_ns > 0:
             time.sleep(rest_ns / 1e9)
-        self._loop.wait(min(until_ns, self._housekeeping_at, table_ns, answers_ns, hops_ns))
+        self._loop.wait(
+            min(until_ns, self._housekeeping_at, table_ns, answers_ns, hops_ns, fast_ns)
+        )
         self._woken_ns = now_ns = time.monotonic_ns()
         if now_ns >= answers_ns:
             self._answers.on_timer(now_ns)
         if now_ns >= hops_ns:
             self._hops.tick(now_ns)
+        if self._fastpath is not None and now_ns >= fast_ns:
+            self._fastpath.on_timer(now_ns)
         self._send()
+        if self._fastpath is not None and not self._draining and not self._pending():
+            self._fastpath.after_turn()
+
+    def _pending(self) -> bool:
+        return any(tap.ring.pending_bytes() for tap in (*self._captures, *self._answers.taps))
 
     def _send(self) -> None:
         """Claims first: an intercept must know whose the answer is before it comes."""
@@ -297,6 +354,8 @@ class Replay:
         rings = [*self._captures, *self._answers.taps]
         ledger.ring_pending_bytes = sum(tap.ring.pending_bytes() for tap in rings)
         ledger.active = len(self.table.by_target)
+        if self._fastpath is not None:
+            self._fastpath.refresh()
         ledger.intercept_dropped = self._answers.dropped
 
     # -- end ------------------------------------------------------------------------------
@@ -344,6 +403,7 @@ class Replay:
                 self._loop.close, self._signals.close, self._hops.close, self._egress.close,
                 self._answers.close,
                 *(tap.close for tap in self._captures),
+                *([self._fastpath.close] if self._fastpath else []),
             ):  # fmt: skip
                 last_first.callback(close)
             for tap in (*self._captures, *self._answers.taps):

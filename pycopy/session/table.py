@@ -6,8 +6,9 @@ one to the target. Who may be copied at all is admission.py's business.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
+from typing import Protocol
 
 from pycopy.abi import (
     ACK,
@@ -19,6 +20,7 @@ from pycopy.abi import (
     OPT_WSCALE,
     RST,
     SYN,
+    KernelSession,
     Segment,
 )
 from pycopy.inet import family_of
@@ -27,6 +29,7 @@ from pycopy.seq import MASK
 from pycopy.session.addresses import Addresses, IsFree
 from pycopy.session.admission import Admission
 from pycopy.session.arrival import MAX_WSCALE, MIN_MSS
+from pycopy.session.handover import Logged, adopt, describe, may_give
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.session import Emission, Session, drop
 from pycopy.session.states import Outcome, State
@@ -55,6 +58,24 @@ _MID_REQUEST = frozenset(
 )
 
 
+class Kernel(Protocol):
+    """What the table asks of the sessions that the kernel keeps (pycopy/fastpath/)."""
+
+    def fetch_online(self, key: bytes) -> tuple[KernelSession, list[Logged]] | None: ...
+
+    def fetch_target(self, key: bytes) -> tuple[KernelSession, list[Logged]] | None: ...
+
+    def give(self, session: KernelSession) -> bool: ...
+
+    def claim(self, target_key: bytes) -> bool: ...
+
+    def own_online(self, online_key: bytes) -> None: ...
+
+    def disown_online(self, online_key: bytes) -> None: ...
+
+    def now_active(self) -> int: ...
+
+
 class Table:
     """See the module. ``services[i]`` is (target address, 16 bytes; target port)."""
 
@@ -78,6 +99,10 @@ class Table:
         #: One object for each MSS in use: a hundred thousand idle sessions have few.
         self._sizes: dict[int, int] = {}
         self._admission = Admission(rules, start_ns)
+        #: Who keeps the healthy sessions; None: all are here.
+        self.kernel: Kernel | None = None
+        #: Sessions that have become quiet: the kernel may have them.
+        self._calm: dict[Session, None] = {}
         #: (deadline, tie-breaker, session). An entry is stale unless it is the session's
         #: ``scheduled_ns``.
         self._timers: list[tuple[int, int, Session]] = []
@@ -96,11 +121,14 @@ class Table:
             counts[Count.PAYLOAD] += 1
             counts[Count.PAYLOAD_BYTES] += len(payload)
         session = self.by_online.get(seg.key)
+        if session is None and self.kernel is not None:
+            session = self._adopt(self.kernel.fetch_online(seg.key), now_ns)
         if seg.tcp_flags & SYN:
             counts[Count.SYN] += 1
             self._on_syn(session, seg, payload, now_ns)
         elif session is not None:
             session.on_client_segment(seg, payload, now_ns)
+            self._look_whether_calm(session)
         else:
             self._on_unknown(seg, payload, now_ns)
 
@@ -115,10 +143,53 @@ class Table:
         if flags & (FIN | RST):
             counts[Count.RESPONSE_FIN if flags & FIN else Count.RESPONSE_RST] += 1
         session = self.by_target.get(seg.key)
+        if session is None and self.kernel is not None:
+            session = self._adopt(self.kernel.fetch_target(seg.key), now_ns)
         if session is None:
             ledger.responses[ResponseFate.UNKNOWN] += 1
         else:
             ledger.responses[session.on_target_segment(seg, now_ns)] += 1
+            self._look_whether_calm(session)
+
+    # -- sessions that come from the kernel, and go back ------------------------------------
+
+    def _adopt(
+        self, found: tuple[KernelSession, list[Logged]] | None, now_ns: int
+    ) -> Session | None:
+        if found is None:
+            return None
+        session = adopt(self, *found, now_ns)
+        self.by_online.setdefault(session.key, session)
+        self.by_target[session.target_key] = session
+        return session
+
+    def adopt_all(self, found: Iterable[tuple[KernelSession, list[Logged]]], now_ns: int) -> None:
+        """Go on with what the kernel has handed over without a segment to go with it."""
+        for each in found:
+            session = self._adopt(each, now_ns)
+            assert session is not None
+            session.on_sweep(now_ns)
+            if session.outcome is None:
+                session.on_timer(now_ns)
+                self._look_whether_calm(session)
+
+    def _look_whether_calm(self, session: Session) -> None:
+        if self.kernel is not None and may_give(session):
+            self._calm[session] = None
+
+    def give_back(self) -> None:
+        """Let the kernel have what is quiet. Call it when nothing captured is left unread, and
+        what was to be sent is sent.
+        """
+        calm, self._calm = self._calm, {}
+        for session in calm:
+            key, target_key = session.key, session.target_key
+            mine = self.by_target.get(target_key) is session is self.by_online.get(key)
+            if not mine or not may_give(session) or self.kernel is None:
+                continue
+            if self.kernel.give(describe(session)):
+                del self.by_online[key], self.by_target[target_key]
+                session.scheduled_ns = NEVER
 
     # -- opening --------------------------------------------------------------------------
 
@@ -180,9 +251,12 @@ class Table:
 
     def _limit(self) -> Fate | None:
         """Why no session may be opened now, whoever the client is."""
-        if self.closed_for is None and len(self.by_target) >= self.rules.max_sessions:
-            return Fate.REFUSED_SESSION_LIMIT
-        return self.closed_for
+        if self.closed_for is not None:
+            return self.closed_for
+        sessions = len(self.by_target)
+        if self.kernel is not None:
+            sessions += self.kernel.now_active()
+        return Fate.REFUSED_SESSION_LIMIT if sessions >= self.rules.max_sessions else None
 
     def _connect(
         self, key: bytes, service: int, online: Online, start: int, mss: int,
@@ -206,6 +280,8 @@ class Table:
         # The client may have begun another connection while this one is being reopened.
         self.by_online.setdefault(key, session)
         self.by_target[target_key] = session
+        if self.kernel is not None:
+            self.kernel.own_online(key)
         self._admission.over(key)
         self.ledger.counts[Count.SESSIONS] += 1
         self.on_claim(target_key)
@@ -214,12 +290,11 @@ class Table:
     def _is_free(self, target_key: bytes) -> bool:
         """True if no session uses ``target_key``; one that only lingers gives way."""
         session = self.by_target.get(target_key)
-        if session is None:
-            return True
-        if session.outcome is None and session.state is not State.TIME_WAIT:
-            return False
-        session.expire()
-        return True
+        if session is not None:
+            if session.outcome is None and session.state is not State.TIME_WAIT:
+                return False
+            session.expire()
+        return self.kernel is None or self.kernel.claim(target_key)
 
     def _is_unused(self, target_key: bytes) -> bool:
         """True if not even a lingering session had ``target_key``.
@@ -227,7 +302,9 @@ class Table:
         A reopened connection goes on with the same sequence numbers: what was delayed of the
         one before would fit in (RFC 9293 3.4.3), so it needs another port.
         """
-        return target_key not in self.by_target
+        if target_key in self.by_target:
+            return False
+        return self.kernel is None or self.kernel.claim(target_key)
 
     def _supersede(self, session: Session, now_ns: int) -> None:
         """The client uses its port for a new connection while we still hold the old one."""
@@ -279,6 +356,8 @@ class Table:
         """The client's segments are no longer this session's."""
         if self.by_online.get(session.key) is session:
             del self.by_online[session.key]
+            if self.kernel is not None:
+                self.kernel.disown_online(session.key)
 
     def linger(self, session: Session, until_ns: int) -> None:
         """Hand it the target's segments until then, and call ``expire``."""
@@ -289,7 +368,7 @@ class Table:
         self.ledger.outcomes[outcome] += 1
         session.scheduled_ns = NEVER
         if self.by_online.get(session.key) is session:
-            del self.by_online[session.key]
+            self.detach(session)
             online = session.online
             self._admission.ended(session.key, (online.iss + online.snd_nxt) & MASK)
             if outcome in _MID_REQUEST and session.online.fin_pos == NO_POSITION:
@@ -321,6 +400,7 @@ class Table:
             session.scheduled_ns = NEVER
             if session.deadline_ns <= now_ns:
                 session.on_timer(now_ns)
+                self._look_whether_calm(session)
             elif session.deadline_ns < NEVER:
                 self.schedule(session)
             timers = self._timers
@@ -342,7 +422,7 @@ class Table:
                 self._sweep = None
                 self._sweep_at = now_ns + SWEEP_NS
                 return
-            if session.outcome is None:
+            if session.outcome is None and self.by_target.get(session.target_key) is session:
                 session.on_sweep(now_ns)
         self._sweep_at = now_ns + SWEEP_STEP_NS
 

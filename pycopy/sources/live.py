@@ -14,6 +14,8 @@ from pycopy import loader, prelude
 from pycopy.abi import Segment
 from pycopy.attach import Attachment, Hook
 from pycopy.devices import Device, local_addresses
+from pycopy.fastpath.kernel import KernelSessions
+from pycopy.fastpath.maps import Maps
 from pycopy.pcapfilter import compile_filter
 from pycopy.ring import Ring
 
@@ -97,9 +99,12 @@ AnyTap = TypeVar("AnyTap", bound=Tap)
 
 def load_tap(
     source: str, l2_bytes: int, hook: Hook, ring_bytes: int, text: str,
-    defines: Mapping[str, int | str], kind: type[AnyTap],
+    defines: Mapping[str, int | str], kind: type[AnyTap], maps: Maps | None = None,
 ) -> AnyTap:  # fmt: skip
-    """Load ``source`` of bpf/ for ``hook``; ``text`` is generated C that goes before it."""
+    """Load ``source`` of bpf/ for ``hook``; ``text`` is generated C that goes before it.
+
+    ``maps``: with the fast path, whose maps they are.
+    """
     module = loader.load(
         source,
         defines={
@@ -107,8 +112,10 @@ def load_tap(
             "PYCOPY_L2_BYTES": l2_bytes,
             "PYCOPY_RING_BYTES": ring_bytes,
             **defines,
+            **(maps.defines() if maps else {}),
         },
         prelude=text,
+        map_fds=maps.fds if maps else (),
     )
     return kind(module, ring_bytes, hook, l2_bytes)
 
@@ -132,7 +139,7 @@ def _spread(devices: Sequence[Device], make: Callable[[int], AnyTap]) -> list[An
 
 def capture(
     devices: Sequence[Device], services: Sequence[Service], hook: Hook, expression: str,
-    ring_bytes: int, forwarded: bool,
+    ring_bytes: int, forwarded: bool, kernel: KernelSessions | None = None,
 ) -> list[Capture]:  # fmt: skip
     """Capture the client segments of ``services`` on ``devices`` (bpf/capture.c).
 
@@ -142,7 +149,8 @@ def capture(
     def make(l2_bytes: int) -> Capture:
         text = prelude.services_prelude(services, forwarded)
         text += compile_filter(expression, l2_bytes)
-        tap = load_tap("capture.c", l2_bytes, hook, ring_bytes, text, {}, Capture)
+        maps = kernel.maps if kernel else None
+        tap = load_tap("capture.c", l2_bytes, hook, ring_bytes, text, {}, Capture, maps)
         tap.name_local_addresses()
         return tap
 
@@ -159,8 +167,9 @@ class SelfIntercept:
 
     def __init__(
         self, targets: Sequence[tuple[bytes, int]], ports: tuple[int, int], ring_bytes: int,
-        max_sessions: int,
+        max_sessions: int, kernel: KernelSessions | None = None,
     ) -> None:  # fmt: skip
+        self._kernel = kernel
         self._targets = targets
         self._ports = ports
         self._ring_bytes = ring_bytes
@@ -191,25 +200,33 @@ class SelfIntercept:
             "PYCOPY_SESSIONS": self._max_sessions + SPARE_SESSIONS,
         }
         tap = load_tap(
-            "intercept.c", l2_bytes, Hook.TC_INGRESS, self._ring_bytes, text, defines, Tap
-        )
+            "intercept.c", l2_bytes, Hook.TC_INGRESS, self._ring_bytes, text, defines, Tap,
+            self._kernel.maps if self._kernel else None,
+        )  # fmt: skip
         for key in self._claimed:
             tap.module.maps["ours"].update(key, b"\1")
         return tap
 
     def claim(self, key: bytes) -> None:
         """The connection ``key`` (abi.KEY) is a copy; call it before its SYN leaves."""
+        if self._kernel is not None:
+            return  # the table has claimed it there
         self._claimed.add(key)
         for tap in self.taps:
             tap.module.maps["ours"].update(key, b"\1")
 
     def release(self, key: bytes) -> None:
         """The copy is over."""
+        if self._kernel is not None:
+            self._kernel.release(key)
+            return
         self._claimed.discard(key)
         self._leaving.append(key)
 
     def forget_released(self) -> None:
         """Call once a second: forget what was released before the last call."""
+        if self._kernel is not None:
+            self._kernel.forget_released()
         for key in self._gone:
             if key not in self._claimed:
                 for tap in self.taps:

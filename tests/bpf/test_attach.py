@@ -84,7 +84,7 @@ def compiled(tmp_path):
         if verdict is None:
             verdict = 2 if xdp else -1
         defines = {"PYCOPY_HOOK_XDP": int(xdp), "VERDICT": verdict}
-        modules.append(load(str(source), defines=defines, program=name))
+        modules.append(load(str(source), defines=defines, programs=(name,)))
         return modules[-1]
 
     yield compile_counter

@@ -1,0 +1,286 @@
+/* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0
+ *
+ * Frames to the target, made of the packet at hand (TC only).  Of a client's segment a
+ * copy is sent: headers rewritten in place, cloned out, and put back as they were
+ * before anybody else sees the packet.  Of a response, or of the timer's dummy, the
+ * packet itself becomes the frame.  What the headers say is pycopy/wire.py's and
+ * rewrite.py's, option by option.
+ *
+ * Checksums: a captured one may be partial (veth, virtio, loopback): only the sum of
+ * the pseudo-header stands in the field and the device adds the rest.  Nothing says
+ * so, but bpf_l4_csum_replace() knows: what is no change of the pseudo-header it
+ * leaves out where the sum is partial.  So both kinds are served by one call.
+ */
+#ifndef PYCOPY_EMIT_H
+#define PYCOPY_EMIT_H
+
+#include "log.h"
+
+#define PYCOPY_HEADERS_BYTES (14 + 40 + 60)
+#define PYCOPY_WINDOW	     0xffff /* rewrite.WINDOW_FIELD */
+#define PYCOPY_HOP_LIMIT     64
+
+/* Longest payload out of the log in one frame: jumbo frames, and what helpers take. */
+#define PYCOPY_RELEASE_BYTES 9216
+#define PYCOPY_SUM_BYTES     512 /* bpf_csum_diff() takes no more before Linux 6.13 */
+
+/* Two NOPs, then timestamps: the one layout that real stacks use (RFC 7323 A). */
+#define PYCOPY_NOP_NOP_TIMESTAMPS  htonl(0x0101080a)
+#define PYCOPY_SACK_PERM_TIMESTAMPS htonl(0x0402080a)
+#define PYCOPY_NOP_NOP_SACK_PERM   htonl(0x01010402)
+
+struct pycopy_work {
+	struct pycopy_reply reply;
+	struct pycopy_flow flow;
+	struct pycopy_key key;
+	__u32 pad;
+	struct pycopy_log_record record;
+	__u8 saved[PYCOPY_HEADERS_BYTES + 14];
+	__u8 fresh[PYCOPY_HEADERS_BYTES + 14];
+};
+
+_Static_assert(sizeof(struct pycopy_work) <= PYCOPY_WORK_BYTES, "the map's values are too short");
+
+static __always_inline struct pycopy_work *pycopy_work_of_cpu(void)
+{
+	u32 zero = 0;
+
+	return pycopy_lookup(PYCOPY_MAP_WORK, &zero);
+}
+
+static __always_inline u16 pycopy_fold(u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return sum;
+}
+
+static __always_inline void pycopy_put16(u8 *at, u16 value)
+{
+	__builtin_memcpy(at, &value, sizeof(value));
+}
+
+static __always_inline void pycopy_put32(u8 *at, u32 value)
+{
+	__builtin_memcpy(at, &value, sizeof(value));
+}
+
+/* Sum of a few bytes, a multiple of 4, in memory order. */
+static __always_inline u64 pycopy_sum(void *from, u32 bytes, u32 seed)
+{
+	return (u32)bpf_csum_diff(0, 0, from, bytes, seed);
+}
+
+/* Link and IP header of a frame with `tcp_bytes` behind them. */
+static __always_inline void pycopy_put_ip(u8 *frame, const struct pycopy_hop *hop,
+					  const struct pycopy_key *key, const u32 ip_bytes,
+					  u32 tcp_bytes, u16 id)
+{
+	u8 *ip = frame + PYCOPY_L2_BYTES;
+
+	__builtin_memcpy(frame, hop->l2, PYCOPY_L2_BYTES);
+	if (ip_bytes == 20) {
+		pycopy_put16(ip, htons(0x4500));
+		pycopy_put16(ip + 2, htons(20 + tcp_bytes));
+		pycopy_put16(ip + 4, id);
+		pycopy_put16(ip + 6, htons(0x4000));
+		pycopy_put16(ip + 8, htons(PYCOPY_HOP_LIMIT << 8 | PYCOPY_IP_TCP));
+		pycopy_put16(ip + 10, 0);
+		__builtin_memcpy(ip + 12, key->client_addr + 12, 4);
+		__builtin_memcpy(ip + 16, key->server_addr + 12, 4);
+		pycopy_put16(ip + 10, ~pycopy_fold(pycopy_sum(ip, 20, 0)));
+	} else {
+		pycopy_put32(ip, htonl(0x60000000));
+		pycopy_put16(ip + 4, htons(tcp_bytes));
+		pycopy_put16(ip + 6, htons(PYCOPY_IP_TCP << 8 | PYCOPY_HOP_LIMIT));
+		__builtin_memcpy(ip + 8, key->client_addr, 16);
+		__builtin_memcpy(ip + 24, key->server_addr, 16);
+	}
+}
+
+static __always_inline u32 pycopy_tsval(const struct pycopy_fast_config *config)
+{
+	return pycopy_now(config) / 1000000 + config->timestamp_origin;
+}
+
+/* rewrite.options_of() for a SYN, into what the client's own options took: non-zero
+ * if that is too little.
+ */
+static __always_inline int pycopy_put_syn_options(u8 *to, u32 room,
+						  const struct pycopy_reply *reply, u32 tsval)
+{
+	u8 *scale;
+
+	__builtin_memset(to, PYCOPY_TCP_OPTION_NOP, 40);
+	pycopy_put32(to, htonl(0x02040000 | reply->mss));
+	if (reply->options & PYCOPY_OPT_TIMESTAMPS) {
+		pycopy_put32(to + 4, reply->options & PYCOPY_OPT_SACK_PERM
+					     ? PYCOPY_SACK_PERM_TIMESTAMPS
+					     : PYCOPY_NOP_NOP_TIMESTAMPS);
+		pycopy_put32(to + 8, htonl(tsval));
+		pycopy_put32(to + 12, 0);
+		scale = to + 16;
+	} else if (reply->options & PYCOPY_OPT_SACK_PERM) {
+		pycopy_put32(to + 4, PYCOPY_NOP_NOP_SACK_PERM);
+		scale = to + 8;
+	} else {
+		scale = to + 4;
+	}
+	if (reply->options & PYCOPY_OPT_WSCALE) {
+		pycopy_put32(scale, htonl(0x01030300 | reply->rcv_wscale));
+		scale += 4;
+	}
+	return scale - to > room;
+}
+
+/* The TCP header's fixed part, without its checksum. */
+static __always_inline void pycopy_put_tcp(u8 *tcp, const struct pycopy_key *key,
+					   const struct pycopy_reply *reply, u32 tcp_header_bytes)
+{
+	u8 flags = reply->flags;
+
+	__builtin_memcpy(tcp, key->client_port, 2);
+	__builtin_memcpy(tcp + 2, key->server_port, 2);
+	pycopy_put32(tcp + 4, htonl(reply->seq));
+	pycopy_put32(tcp + 8, flags & PYCOPY_TCP_SYN ? 0 : htonl(reply->ack));
+	if (!(flags & PYCOPY_TCP_SYN))
+		flags |= PYCOPY_TCP_ACK;
+	tcp[12] = tcp_header_bytes << 2;
+	tcp[13] = flags;
+	pycopy_put16(tcp + 14, htons(PYCOPY_WINDOW));
+	pycopy_put16(tcp + 18, 0);
+}
+
+static __always_inline void pycopy_put_timestamps(u8 *to, const struct pycopy_reply *reply,
+						  u32 tsval)
+{
+	pycopy_put32(to, PYCOPY_NOP_NOP_TIMESTAMPS);
+	pycopy_put32(to + 4, htonl(tsval));
+	pycopy_put32(to + 8, htonl(reply->ts_recent));
+}
+
+/* A copy of the client's segment at hand leaves as `work->reply` says, under the
+ * connection `key`; the packet is left as it was.  Zero, or why it could not be sent:
+ * then the target has simply not got it.
+ */
+static __always_inline long pycopy_clone_as(PYCOPY_CTX *ctx, struct pycopy_work *work,
+					    const struct pycopy_key *key,
+					    const struct pycopy_hop *hop,
+					    const struct pycopy_fast_config *config, const u32 ip_bytes,
+					    u32 tcp_header_bytes, u32 tcp_bytes)
+{
+	const u32 ip_at = PYCOPY_L2_BYTES, tcp_at = PYCOPY_L2_BYTES + ip_bytes;
+	const u32 addresses_at = ip_at + (ip_bytes == 20 ? 12 : 8);
+	const u32 addresses_bytes = ip_bytes == 20 ? 8 : 32;
+	u64 header_bytes = tcp_header_bytes;
+	u8 *saved = work->saved, *fresh = work->fresh;
+	u32 tsval = pycopy_tsval(config), pseudo, rest;
+	u16 vlan_tag = 0, vlan_protocol = 0, id;
+	long failed;
+
+	PYCOPY_PIN(header_bytes);
+	if (header_bytes < 20 || header_bytes > 60)
+		return -1;
+	if (bpf_skb_load_bytes(ctx, 0, saved, tcp_at + header_bytes))
+		return -1;
+	__builtin_memcpy(fresh, saved, PYCOPY_HEADERS_BYTES);
+	__builtin_memcpy(&id, saved + ip_at + 4, 2);
+	pycopy_put_ip(fresh, hop, key, ip_bytes, tcp_bytes, id);
+	pycopy_put_tcp(fresh + tcp_at, key, &work->reply, header_bytes);
+	if (work->reply.flags & PYCOPY_TCP_SYN) {
+		if (pycopy_put_syn_options(fresh + tcp_at + 20, header_bytes - 20, &work->reply,
+					   tsval))
+			return -1;
+	} else if (header_bytes == 32) {
+		if (work->reply.options & PYCOPY_OPT_TIMESTAMPS)
+			pycopy_put_timestamps(fresh + tcp_at + 20, &work->reply, tsval);
+		else
+			__builtin_memset(fresh + tcp_at + 20, PYCOPY_TCP_OPTION_NOP, 12);
+	}
+	pseudo = bpf_csum_diff((void *)saved + addresses_at, addresses_bytes,
+			       (void *)fresh + addresses_at, addresses_bytes, 0);
+	/* The checksum itself is the same in both, so far. */
+	rest = bpf_csum_diff((void *)saved + tcp_at, header_bytes, (void *)fresh + tcp_at,
+			     header_bytes, 0);
+	if (bpf_skb_store_bytes(ctx, 0, fresh, tcp_at + header_bytes, 0))
+		return -1;
+	bpf_l4_csum_replace(ctx, tcp_at + 16, 0, pseudo, BPF_F_PSEUDO_HDR);
+	bpf_l4_csum_replace(ctx, tcp_at + 16, 0, rest, 0);
+	/* A tag says which network the packet came from, not where the copy goes. */
+	if (ctx->vlan_present) {
+		vlan_tag = ctx->vlan_tci;
+		vlan_protocol = ctx->vlan_proto;
+		bpf_skb_vlan_pop(ctx);
+	}
+	failed = bpf_clone_redirect(ctx, hop->ifindex, 0);
+	if (vlan_protocol)
+		bpf_skb_vlan_push(ctx, vlan_protocol, vlan_tag);
+	/* Where the device summed up the packet, its sum knows of the pseudo-header. */
+	bpf_l4_csum_replace(ctx, tcp_at + 16, 0, (u32)~pseudo, BPF_F_PSEUDO_HDR);
+	bpf_skb_store_bytes(ctx, 0, saved, tcp_at + header_bytes, 0);
+	return failed;
+}
+
+/* The packet at hand becomes the segment `work->reply`, with `payload` bytes from the
+ * log's record (0: none).  Zero: it is ready to be redirected.
+ */
+static __always_inline long pycopy_become(PYCOPY_CTX *ctx, struct pycopy_work *work,
+					  const struct pycopy_key *key, const struct pycopy_hop *hop,
+					  const struct pycopy_fast_config *config,
+					  const u32 ip_bytes, struct pycopy_log_record *record)
+{
+	const u32 tcp_at = PYCOPY_L2_BYTES + ip_bytes;
+	const u32 addresses_at = PYCOPY_L2_BYTES + (ip_bytes == 20 ? 12 : 8);
+	const u32 timestamps = work->reply.options & PYCOPY_OPT_TIMESTAMPS;
+	u64 header_bytes = timestamps ? 32 : 20;
+	u64 payload = record ? record->seg_len : 0;
+	u8 *fresh = work->fresh;
+	u32 pseudo, total;
+
+	if (ctx->vlan_present)
+		bpf_skb_vlan_pop(ctx);
+	PYCOPY_PIN(payload);
+	if (payload > PYCOPY_RELEASE_BYTES)
+		return -1;
+	__builtin_memset(fresh + tcp_at, 0, 32);
+	pycopy_put_ip(fresh, hop, key, ip_bytes, header_bytes + payload, 0);
+	pycopy_put_tcp(fresh + tcp_at, key, &work->reply, header_bytes);
+	if (timestamps)
+		pycopy_put_timestamps(fresh + tcp_at + 20, &work->reply, pycopy_tsval(config));
+	pseudo = pycopy_sum(fresh + addresses_at, ip_bytes == 20 ? 8 : 32,
+			    htons(header_bytes + payload) + htons(PYCOPY_IP_TCP));
+	pseudo = pycopy_fold(pseudo);
+	total = timestamps ? pycopy_sum(fresh + tcp_at, 32, pseudo)
+			   : pycopy_sum(fresh + tcp_at, 20, pseudo);
+	if (record) {
+		void *from = record + 1;
+
+#pragma clang loop unroll(disable)
+		for (u64 done = 0; done < PYCOPY_RELEASE_BYTES; done += PYCOPY_SUM_BYTES) {
+			/* There are zeros behind the payload. */
+			u64 bytes = (payload - done + 3) & ~3ULL;
+
+			if (done >= payload)
+				break;
+			PYCOPY_PIN(bytes);
+			if (bytes > PYCOPY_SUM_BYTES)
+				bytes = PYCOPY_SUM_BYTES;
+			total = bpf_csum_diff(0, 0, from + done, bytes, total);
+		}
+	}
+	if (bpf_skb_change_tail(ctx, tcp_at + header_bytes + payload, 0))
+		return -1;
+	/* As if it were partial; then the rest, which is left out where it is. */
+	pycopy_put16(fresh + tcp_at + 16, pseudo);
+	if (bpf_skb_store_bytes(ctx, 0, fresh, tcp_at + header_bytes, 0))
+		return -1;
+	if (record && payload &&
+	    bpf_skb_store_bytes(ctx, tcp_at + header_bytes, record + 1, payload, 0))
+		return -1;
+	return bpf_l4_csum_replace(ctx, tcp_at + 16, 0,
+				   (u32)pycopy_fold((u64)pycopy_fold(total) + pseudo), 0);
+}
+
+#endif

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0
+/*
+ * What the kernel's sessions need besides packets: time, and user space's word.
+ * Nothing is attached.  User space runs these with BPF_PROG_TEST_RUN:
+ *
+ * pycopy_timer: one step of a pass over the sessions that have something pending.
+ * Run many times in one call (repeat), a session each; the packet it is given is
+ * material for what has to be sent.  Acknowledgements that are due and held segments
+ * are sent from here; a timeout, or a matter of judgement, is handed over.
+ *
+ * pycopy_control: takes a session away from the kernel, gives one back, or frees a
+ * slot, atomically against everything that arrives meanwhile.
+ */
+#include <uapi/linux/bpf.h>
+#include <uapi/linux/pkt_cls.h>
+
+#include "fastpath.h"
+
+/* Words of 64 sessions without anything pending that one step passes over. */
+#define PYCOPY_EMPTY_WORDS 64
+
+BPF_ARRAY(cursor, u32, 1);
+
+static __always_inline void pycopy_call_attention(const struct pycopy_flow *flow)
+{
+	struct pycopy_attention attention = {flow->slot, flow->generation};
+
+	/* Full: the timer comes by again. */
+	pycopy_ring_output(PYCOPY_MAP(PYCOPY_MAP_ATTENTION), &attention, sizeof(attention), 0);
+}
+
+/* The next slot from *at on to look at, or PYCOPY_NO_SLOT: none within this step, and
+ * *at says where the next one goes on.
+ */
+static __always_inline u32 pycopy_next_slot(u32 *at, int all)
+{
+	u32 slot = *at, word;
+	u64 bits, low, *pending;
+	u32 bit = 0;
+
+	if (all) {
+		*at = slot + 1;
+		return slot;
+	}
+#pragma clang loop unroll(disable)
+	for (u64 i = 0; i < PYCOPY_EMPTY_WORDS; i++) {
+		PYCOPY_PIN(i);
+		word = slot / 64;
+		pending = pycopy_lookup(PYCOPY_MAP_PENDING, &word);
+		if (!pending)
+			break;
+		bits = *pending & (~0ULL << (slot & 63));
+		if (bits) {
+			low = bits & -bits;
+			__sync_fetch_and_and(pending, ~low);
+			for (int shift = 32; shift; shift >>= 1) {
+				if (low >> shift) {
+					low >>= shift;
+					bit += shift;
+				}
+			}
+			slot = word * 64 + bit;
+			*at = slot + 1;
+			return slot;
+		}
+		slot = (word + 1) * 64;
+	}
+	*at = slot;
+	return PYCOPY_NO_SLOT;
+}
+
+/* Why the session needs user space now, or a number that is no reason. */
+static __always_inline u16 pycopy_needs(const struct pycopy_session *s,
+					const struct pycopy_fast_config *config, u64 now_ns)
+{
+	u64 quiet_ns = 4 * s->srtt_ns, silent_ns = now_ns - s->progress_ns;
+	u64 unheard_ns = now_ns - s->client_ns;
+
+	if (pycopy_in_flight(s))
+		return now_ns >= s->rto_at ? PYCOPY_LEFT_TIMEOUT : PYCOPY_LEFT_REASONS;
+	if (s->held) {
+		if (quiet_ns < config->quiet_ns)
+			quiet_ns = config->quiet_ns;
+		if (quiet_ns > config->quiet_max_ns)
+			quiet_ns = config->quiet_max_ns;
+		if (s->rcv_nxt != s->answered && silent_ns >= quiet_ns)
+			return PYCOPY_LEFT_QUIET;
+		if (silent_ns >= config->quiet_max_ns)
+			return PYCOPY_LEFT_SILENT;
+		return PYCOPY_LEFT_REASONS;
+	}
+	if (unheard_ns >= config->idle_ns &&
+	    (silent_ns >= config->idle_ns || s->state == PYCOPY_FIN_WAIT_2))
+		return PYCOPY_LEFT_SILENT;
+	return PYCOPY_LEFT_REASONS;
+}
+
+/* TIME_WAIT is over: nothing of the session is left. */
+static __always_inline void pycopy_expire(struct pycopy_session *s, struct pycopy_work *work,
+					  u64 *counts)
+{
+	u32 slot = work->flow.slot;
+
+	work->key = s->target;
+	bpf_spin_lock(&s->lock);
+	s->owner = PYCOPY_FREE;
+	s->generation++;
+	bpf_spin_unlock(&s->lock);
+	pycopy_delete(PYCOPY_MAP_TARGETS, &work->key);
+	pycopy_map_push(PYCOPY_MAP(PYCOPY_MAP_SLOTS), &slot, 0);
+	counts[PYCOPY_FAST_EXPIRED]++;
+}
+
+static __always_inline void pycopy_look(struct __sk_buff *ctx, u32 slot, struct pycopy_work *work,
+					struct pycopy_fast_config *config, u64 *counts)
+{
+	struct pycopy_session *s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &slot);
+	u64 now_ns = pycopy_now(config);
+	struct pycopy_hop *hop;
+	u32 service;
+	int left = 0;
+	u16 why;
+
+	if (!s || s->owner == PYCOPY_FREE || s->owner == PYCOPY_USER)
+		return;
+	work->flow.slot = slot;
+	work->flow.generation = s->generation;
+	if (s->owner == PYCOPY_KERNEL && s->state == PYCOPY_TIME_WAIT && now_ns >= s->rto_at) {
+		pycopy_expire(s, work, counts);
+		return;
+	}
+	if (s->owner == PYCOPY_KERNEL && s->state != PYCOPY_TIME_WAIT) {
+		bpf_spin_lock(&s->lock);
+		why = pycopy_needs(s, config, now_ns);
+		if (why < PYCOPY_LEFT_REASONS && pycopy_is_ours(s, &work->flow))
+			left = pycopy_leave(s, why);
+		bpf_spin_unlock(&s->lock);
+		if (left)
+			pycopy_hand_over(s, &work->flow, counts);
+	}
+	if (s->owner == PYCOPY_LEAVING) {
+		pycopy_call_attention(&work->flow);
+		pycopy_watch(slot);
+		return;
+	}
+	service = s->service;
+	hop = pycopy_lookup(PYCOPY_MAP_HOPS, &service);
+	if (hop && hop->usable && (s->held || (s->ack_at && s->ack_at <= now_ns)) &&
+	    pycopy_pump(ctx, s, work, hop, config, counts) == PYCOPY_GONE_OUT)
+		bpf_clone_redirect(ctx, hop->ifindex, 0);
+	if (s->held || s->ack_at || s->state == PYCOPY_TIME_WAIT || pycopy_in_flight(s))
+		pycopy_watch(slot);
+}
+
+int pycopy_timer(struct __sk_buff *ctx)
+{
+	struct pycopy_fast_config *config = pycopy_config();
+	u64 *counts = pycopy_fast_counts();
+	u32 zero = 0, slot, *at = cursor.lookup(&zero), mark = ctx->mark;
+	struct pycopy_work *work = pycopy_work_of_cpu();
+
+	if (!config || !counts || !work || !at || mark == PYCOPY_TIMER_DONE)
+		return PYCOPY_TIMER_DONE;
+	if (mark == PYCOPY_TIMER_BEGIN || mark == PYCOPY_TIMER_BEGIN_ALL) {
+		*at = 0;
+		mark += PYCOPY_TIMER_GO_ON - PYCOPY_TIMER_BEGIN;
+	}
+	slot = pycopy_next_slot(at, mark == PYCOPY_TIMER_GO_ON_ALL);
+	if (*at >= PYCOPY_SLOTS + 1)
+		mark = PYCOPY_TIMER_DONE;
+	if (slot != PYCOPY_NO_SLOT && slot < PYCOPY_SLOTS) {
+		ctx->mark = 0; /* what is sent from here is marked as nothing else is */
+		pycopy_look(ctx, slot, work, config, counts);
+	}
+	ctx->mark = mark;
+	return mark;
+}
+
+/* The command's session, behind the lock and the generation, which stay the slot's. */
+#define PYCOPY_STATE_AT 8
+
+int pycopy_control(struct __sk_buff *ctx)
+{
+	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
+	struct pycopy_command *command = data;
+	u64 *counts = pycopy_fast_counts();
+	struct pycopy_session *s;
+	u32 slot;
+	int done = 0;
+
+	if (data + sizeof(*command) > data_end || !counts)
+		return 1;
+	slot = command->slot;
+	s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &slot);
+	if (!s)
+		return 1;
+	bpf_spin_lock(&s->lock);
+	if (command->request == PYCOPY_TAKE && s->generation == command->generation &&
+	    (s->owner == PYCOPY_KERNEL || s->owner == PYCOPY_LEAVING) &&
+	    s->state != PYCOPY_TIME_WAIT) {
+		if (s->owner == PYCOPY_KERNEL)
+			s->left = PYCOPY_LEFT_ASKED;
+		s->owner = PYCOPY_USER;
+		__builtin_memcpy(command->session + PYCOPY_STATE_AT, (void *)s + PYCOPY_STATE_AT,
+				 sizeof(*s) - PYCOPY_STATE_AT);
+		done = PYCOPY_TAKE;
+	} else if (command->request == PYCOPY_GIVE && s->generation == command->generation &&
+		   (s->owner == PYCOPY_USER || s->owner == PYCOPY_FREE)) {
+		__builtin_memcpy((void *)s + PYCOPY_STATE_AT, command->session + PYCOPY_STATE_AT,
+				 sizeof(*s) - PYCOPY_STATE_AT);
+		s->owner = PYCOPY_KERNEL;
+		done = PYCOPY_GIVE;
+	} else if (command->request == PYCOPY_DROP && s->generation == command->generation &&
+		   s->owner == PYCOPY_USER) {
+		s->owner = PYCOPY_FREE;
+		s->generation++;
+		done = PYCOPY_DROP;
+	}
+	bpf_spin_unlock(&s->lock);
+	if (!done)
+		return 1;
+	if (done == PYCOPY_TAKE) {
+		counts[PYCOPY_FAST_TAKEN]++;
+		if (s->left == PYCOPY_LEFT_ASKED)
+			counts[PYCOPY_FAST_LEFT + PYCOPY_LEFT_ASKED]++;
+	} else if (done == PYCOPY_GIVE) {
+		counts[PYCOPY_FAST_GIVEN]++;
+		pycopy_watch(slot);
+	} else {
+		pycopy_map_push(PYCOPY_MAP(PYCOPY_MAP_SLOTS), &slot, 0);
+	}
+	return 0;
+}

@@ -1,0 +1,532 @@
+/* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0
+ *
+ * Sessions that never leave the kernel: what capture.c does with a client segment,
+ * and intercept.c with a response, before either becomes a record for user space.
+ *
+ *	client segment ── log.h: written down ── session.h: now, later, not ours
+ *	                                           │ now
+ *	response ── session.h: what it sets free ──┴─ emit.h ──▶ target
+ *
+ * Whatever these functions do not take goes to user space as if they did not exist;
+ * if it was a session of the kernel's, the session goes with it.
+ */
+#ifndef PYCOPY_FASTPATH_H
+#define PYCOPY_FASTPATH_H
+
+#include "emit.h"
+
+/* What became of a segment. */
+enum pycopy_kept {
+	PYCOPY_TO_USER = 0,
+	PYCOPY_TO_SESSION, /* the same, of a session that user space has or is about to get */
+	PYCOPY_KEPT,	 /* dealt with here */
+	PYCOPY_IDLE_ACK, /* an acknowledgement that nobody needs */
+	PYCOPY_GONE_OUT, /* the packet has become a frame to the target: redirect it */
+};
+
+/* Held segments that one response releases at most; the timer goes on. */
+#define PYCOPY_RELEASES 4
+/* Ports tried for one connection. */
+#define PYCOPY_PORT_TRIES 4
+
+static __always_inline int pycopy_is_ours(const struct pycopy_session *s,
+					  const struct pycopy_flow *flow)
+{
+	return s->generation == flow->generation && s->owner == PYCOPY_KERNEL;
+}
+
+/* The session is user space's from here on: tell it, and count why. */
+static __always_inline void pycopy_hand_over(struct pycopy_session *s,
+					     const struct pycopy_flow *flow, u64 *counts)
+{
+	u32 left = s->left;
+
+	if (left < PYCOPY_LEFT_REASONS)
+		counts[PYCOPY_FAST_LEFT + left]++;
+	pycopy_watch(flow->slot);
+}
+
+/* The session leaves for a reason that lies outside of session.h. */
+static __always_inline int pycopy_expel(struct pycopy_session *s, const struct pycopy_flow *flow,
+					u64 *counts, u16 why)
+{
+	int left = 0;
+
+	bpf_spin_lock(&s->lock);
+	if (pycopy_is_ours(s, flow) && s->state != PYCOPY_TIME_WAIT)
+		left = pycopy_leave(s, why);
+	bpf_spin_unlock(&s->lock);
+	if (left)
+		pycopy_hand_over(s, flow, counts);
+	return PYCOPY_TO_SESSION;
+}
+
+static __always_inline void pycopy_count_out(u64 *counts, u8 flags, u32 payload, long failed)
+{
+	if (failed) {
+		counts[PYCOPY_FAST_OUT_FAILED]++;
+		return;
+	}
+	counts[PYCOPY_FAST_OUT_SEGMENTS]++;
+	if (payload)
+		counts[PYCOPY_FAST_OUT_PAYLOAD]++;
+	else if (!(flags & (PYCOPY_TCP_SYN | PYCOPY_TCP_FIN)))
+		counts[PYCOPY_FAST_OUT_ACK]++;
+	if (flags & PYCOPY_TCP_SYN)
+		counts[PYCOPY_FAST_OUT_SYN]++;
+	if (flags & PYCOPY_TCP_FIN)
+		counts[PYCOPY_FAST_OUT_FIN]++;
+}
+
+/* Ledger.held_for() */
+static __always_inline void pycopy_count_hold(u64 *counts, u64 hold_ns)
+{
+	u64 bound_ns = 100000;
+	u32 bucket = 0;
+
+#pragma unroll
+	for (int i = 0; i < PYCOPY_HOLD_BUCKETS - 1; i++) {
+		bucket += hold_ns >= bound_ns;
+		bound_ns *= 10;
+	}
+	if (bucket < PYCOPY_HOLD_BUCKETS)
+		counts[PYCOPY_FAST_HOLD_TIME + bucket]++;
+}
+
+/* --- the client's side --- */
+
+/* Whether the segment's headers are of the kind that emit.h rewrites. */
+static __always_inline int pycopy_has_plain_headers(PYCOPY_CTX *ctx, struct pycopy_packet *packet,
+						    struct pycopy_segment *segment,
+						    const struct pycopy_session *s,
+						    u32 tcp_header_bytes)
+{
+	u32 ip_bytes = packet->family == 4 ? 20 : 40;
+	u32 layout;
+
+	if (packet->tcp_at != PYCOPY_L2_BYTES + ip_bytes || packet->family != s->family)
+		return 0;
+	if (segment->tcp_flags & PYCOPY_TCP_RST)
+		return 1; /* it leaves for what it is */
+	if (tcp_header_bytes == 20)
+		return !(s->options & PYCOPY_OPT_TIMESTAMPS) || s->state == PYCOPY_SYN_SENT;
+	if (tcp_header_bytes != 32 || !(segment->options & PYCOPY_OPT_TIMESTAMPS) ||
+	    bpf_skb_load_bytes(ctx, packet->tcp_at + 20, &layout, sizeof(layout)))
+		return 0;
+	return layout == PYCOPY_NOP_NOP_TIMESTAMPS;
+}
+
+/* Which of the two families' code to run must be known to the compiler. */
+static __always_inline long pycopy_send_clone(PYCOPY_CTX *ctx, struct pycopy_work *work,
+					      const struct pycopy_hop *hop,
+					      const struct pycopy_fast_config *config,
+					      const struct pycopy_key *key, u32 tcp_header_bytes,
+					      u32 tcp_bytes)
+{
+	if (work->reply.family == 4)
+		return pycopy_clone_as(ctx, work, key, hop, config, 20, tcp_header_bytes, tcp_bytes);
+	return pycopy_clone_as(ctx, work, key, hop, config, 40, tcp_header_bytes, tcp_bytes);
+}
+
+/* A client's SYN: a session of the kernel's, if everything that needs is at hand. */
+static __always_inline int pycopy_open(PYCOPY_CTX *ctx, struct pycopy_packet *packet,
+				       struct pycopy_segment *segment, struct pycopy_work *work,
+				       struct pycopy_fast_config *config, u64 *counts)
+{
+	u32 service = segment->service, tcp_header_bytes = packet->payload_at - packet->tcp_at;
+	struct pycopy_hop *hop = pycopy_lookup(PYCOPY_MAP_HOPS, &service);
+	struct pycopy_key *key = &work->key;
+	struct pycopy_session *s;
+	u64 now_ns = pycopy_now(config), *next_port;
+	u32 slot, mss = segment->mss ? segment->mss : 0xffff;
+	long failed = -1;
+
+	if (PYCOPY_L2_BYTES != 14 || config->closed || segment->seg_len || !hop || !hop->usable ||
+	    hop->family != packet->family ||
+	    packet->tcp_at != PYCOPY_L2_BYTES + (packet->family == 4 ? 20 : 40))
+		return PYCOPY_TO_USER;
+	if (pycopy_map_pop(PYCOPY_MAP(PYCOPY_MAP_SLOTS), &slot))
+		return PYCOPY_TO_USER;
+	s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &slot);
+	if (!s)
+		return PYCOPY_TO_USER;
+	work->flow.slot = slot;
+	work->flow.generation = s->generation + 1;
+	__builtin_memcpy(key->server_addr, hop->target, sizeof(key->server_addr));
+	__builtin_memcpy(key->server_port, &hop->target_port, sizeof(key->server_port));
+	if (config->ports) {
+		__builtin_memcpy(key->client_addr, hop->source, sizeof(key->client_addr));
+		next_port = pycopy_lookup(PYCOPY_MAP_NEXT_PORT, &service);
+#pragma unroll
+		for (int i = 0; next_port && i < PYCOPY_PORT_TRIES; i++) {
+			u32 number = __sync_fetch_and_add(next_port, 1) % config->ports;
+			u16 *port = pycopy_lookup(PYCOPY_MAP_PORTS, &number);
+
+			if (!port)
+				break;
+			__builtin_memcpy(key->client_port, port, sizeof(key->client_port));
+			failed = pycopy_update(PYCOPY_MAP_TARGETS, key, &work->flow, PYCOPY_NOEXIST);
+			if (!failed)
+				break;
+		}
+	} else {
+		__builtin_memcpy(key->client_addr, segment->key.client_addr,
+				 sizeof(key->client_addr));
+		__builtin_memcpy(key->client_port, segment->key.client_port,
+				 sizeof(key->client_port));
+		failed = pycopy_update(PYCOPY_MAP_TARGETS, key, &work->flow, PYCOPY_NOEXIST);
+	}
+	if (failed) {
+		pycopy_map_push(PYCOPY_MAP(PYCOPY_MAP_SLOTS), &slot, 0);
+		return PYCOPY_TO_USER;
+	}
+	if (mss < PYCOPY_MIN_MSS)
+		mss = PYCOPY_MIN_MSS;
+	if (mss > hop->mss)
+		mss = hop->mss;
+	bpf_spin_lock(&s->lock);
+	s->generation = work->flow.generation;
+	s->owner = PYCOPY_KERNEL;
+	s->state = PYCOPY_SYN_SENT;
+	s->family = packet->family;
+	s->options = segment->options;
+	s->snd_wscale = 0;
+	s->rcv_wscale = segment->wscale;
+	s->held = s->held_first = 0;
+	s->service = service;
+	s->mss = s->smss = mss;
+	s->left = 0;
+	s->known = PYCOPY_KNOWN_TIME;
+	s->iss = s->snd_una = segment->seq;
+	s->online_snd_nxt = s->snd_nxt = s->timed_end = segment->seq + 1;
+	s->online_irs = s->online_rcv_nxt = s->online_need = s->sent_need = 0;
+	s->irs = s->rcv_nxt = s->rcv_acked = s->ts_recent = s->need_base = s->answered = 0;
+	s->snd_wnd = s->snd_wl1 = s->snd_wl2 = 0;
+	s->cwnd = PYCOPY_INITIAL_WINDOW * mss;
+	s->ssthresh = PYCOPY_NO_SSTHRESH;
+	s->srtt_ns = s->rttvar_ns = s->ack_at = s->log_last = 0;
+	s->rto_ns = config->rto_initial_ns;
+	s->rto_at = now_ns + config->rto_initial_ns;
+	s->timed_ns = s->progress_ns = s->client_ns = now_ns;
+	s->online = segment->key;
+	s->target = *key;
+	pycopy_reply_of(s, segment->seq, PYCOPY_TCP_SYN, &work->reply);
+	bpf_spin_unlock(&s->lock);
+	pycopy_update(PYCOPY_MAP_FLOWS, &segment->key, &work->flow, 0);
+	pycopy_delete(PYCOPY_MAP_ENDED, &segment->key);
+	failed = pycopy_send_clone(ctx, work, hop, config, key, tcp_header_bytes, tcp_header_bytes);
+	pycopy_watch(slot);
+	counts[PYCOPY_FAST_OPENED]++;
+	counts[PYCOPY_FAST_CLIENT]++;
+	counts[PYCOPY_FAST_SYN]++;
+	counts[PYCOPY_FAST_SENT_AT_ONCE]++;
+	pycopy_count_out(counts, PYCOPY_TCP_SYN, 0, failed);
+	return PYCOPY_KEPT;
+}
+
+/* Of a connection without a session: of one that is over, every byte was captured. */
+static __always_inline int pycopy_is_repeated(struct pycopy_segment *segment)
+{
+	u32 *ended, end = segment->seq + segment->seg_len;
+
+	if (!segment->seg_len)
+		return 0;
+	ended = pycopy_lookup(PYCOPY_MAP_ENDED, &segment->key);
+	return ended && (s32)(end - *ended) <= 0;
+}
+
+/* The first half of session.on_client_segment(): is it for the kernel at all?  Zero:
+ * `*found` is the session, and `flow` says which of its slot.
+ */
+static __always_inline int pycopy_find_client(PYCOPY_CTX *ctx, struct pycopy_packet *packet,
+					      struct pycopy_segment *segment,
+					      struct pycopy_work *work,
+					      struct pycopy_fast_config *config, u64 *counts,
+					      struct pycopy_session **found, int *kept)
+{
+	const u8 mask = PYCOPY_TCP_SYN | PYCOPY_TCP_ACK | PYCOPY_TCP_RST | PYCOPY_TCP_FIN;
+	struct pycopy_flow *flow = pycopy_lookup(PYCOPY_MAP_FLOWS, &segment->key);
+	int is_syn = (segment->tcp_flags & mask) == PYCOPY_TCP_SYN;
+	struct pycopy_session *s;
+
+	*kept = PYCOPY_TO_USER;
+	if (!flow) {
+		if (is_syn) {
+			*kept = pycopy_open(ctx, packet, segment, work, config, counts);
+		} else if (pycopy_is_repeated(segment)) {
+			counts[PYCOPY_FAST_CLIENT]++;
+			counts[PYCOPY_FAST_DUPLICATE]++;
+			*kept = PYCOPY_KEPT;
+		}
+		return 1;
+	}
+	work->flow = *flow;
+	if (flow->slot == PYCOPY_NO_SLOT)
+		return 1;
+	s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &work->flow.slot);
+	if (!s || s->generation != work->flow.generation)
+		return 1;
+	*kept = PYCOPY_TO_SESSION;
+	if (!(segment->tcp_flags & (PYCOPY_TCP_SYN | PYCOPY_TCP_FIN | PYCOPY_TCP_RST)) &&
+	    !segment->seg_len && s->known & PYCOPY_KNOWN_IRS) {
+		*kept = PYCOPY_IDLE_ACK;
+		return 1;
+	}
+	if (s->owner != PYCOPY_KERNEL) {
+		/* From now on user space knows, too: the record says it. */
+		if (segment->tcp_flags & PYCOPY_TCP_ACK)
+			s->known |= PYCOPY_KNOWN_IRS;
+		return 1;
+	}
+	if (segment->tcp_flags & PYCOPY_TCP_SYN) {
+		if (is_syn && segment->seq == s->iss && !segment->seg_len) {
+			counts[PYCOPY_FAST_CLIENT]++;
+			counts[PYCOPY_FAST_SYN]++;
+			counts[PYCOPY_FAST_DUPLICATE]++;
+			*kept = PYCOPY_KEPT;
+			return 1;
+		}
+		pycopy_expel(s, &work->flow, counts, PYCOPY_LEFT_REUSED);
+		return 1;
+	}
+	*found = s;
+	return 0;
+}
+
+/* A client's segment at TC ingress, before it becomes a record. */
+static __always_inline int pycopy_keep_client(PYCOPY_CTX *ctx, struct pycopy_packet *packet,
+					      struct pycopy_segment *segment)
+{
+	const u8 passed_on = PYCOPY_TCP_FIN | PYCOPY_TCP_PSH;
+	struct pycopy_fast_config *config = pycopy_config();
+	u32 tcp_header_bytes, service;
+	struct pycopy_work *work = pycopy_work_of_cpu();
+	u64 *counts = pycopy_fast_counts(), at = 0, before, now_ns;
+	struct pycopy_session *s = 0;
+	struct pycopy_hop *hop;
+	int verdict, kept;
+
+	if (!config || !work || !counts)
+		return PYCOPY_TO_USER;
+	if (pycopy_find_client(ctx, packet, segment, work, config, counts, &s, &kept) || !s)
+		return kept;
+	tcp_header_bytes = packet->payload_at - packet->tcp_at;
+	if (!pycopy_has_plain_headers(ctx, packet, segment, s, tcp_header_bytes))
+		return pycopy_expel(s, &work->flow, counts, PYCOPY_LEFT_OPTIONS);
+	service = s->service;
+	hop = pycopy_lookup(PYCOPY_MAP_HOPS, &service);
+	if (PYCOPY_L2_BYTES != 14 || !hop || !hop->usable ||
+	    (ctx->gso_size ? ctx->gso_size > s->smss : segment->seg_len > s->smss))
+		return pycopy_expel(s, &work->flow, counts, PYCOPY_LEFT_HOP);
+	before = s->log_last;
+	if (segment->seg_len || segment->tcp_flags & PYCOPY_TCP_FIN) {
+		segment->time_ns = pycopy_now(config);
+		at = pycopy_log_append(ctx, segment, packet->payload_at, &work->flow, before);
+		if (!at)
+			return pycopy_expel(s, &work->flow, counts, PYCOPY_LEFT_LOG);
+	}
+	now_ns = pycopy_now(config);
+	bpf_spin_lock(&s->lock);
+	if (!pycopy_is_ours(s, &work->flow)) {
+		verdict = -1;
+	} else if (s->log_last != before) {
+		verdict = pycopy_leave(s, PYCOPY_LEFT_ORDER); /* two CPUs at once */
+	} else {
+		verdict = pycopy_client_arrives(s, config, segment, at, now_ns);
+		pycopy_reply_of(s, segment->seq, segment->tcp_flags & passed_on, &work->reply);
+		work->key = s->target;
+	}
+	bpf_spin_unlock(&s->lock);
+	if (at && verdict != PYCOPY_SEND && verdict != PYCOPY_HOLD)
+		pycopy_log_undo(at);
+	if (verdict == PYCOPY_LEAVE)
+		pycopy_hand_over(s, &work->flow, counts);
+	if (verdict < 0 || verdict == PYCOPY_LEAVE)
+		return PYCOPY_TO_SESSION;
+
+	counts[PYCOPY_FAST_CLIENT]++;
+	if (segment->seg_len) {
+		counts[PYCOPY_FAST_PAYLOAD]++;
+		counts[PYCOPY_FAST_PAYLOAD_BYTES] += segment->seg_len;
+	}
+	if (verdict == PYCOPY_SEND) {
+		counts[PYCOPY_FAST_SENT_AT_ONCE]++;
+		counts[PYCOPY_FAST_HOLD_TIME]++;
+		pycopy_count_out(counts, work->reply.flags, segment->seg_len,
+				 pycopy_send_clone(ctx, work, hop, config, &work->key,
+						   tcp_header_bytes,
+						   tcp_header_bytes + segment->seg_len));
+		pycopy_watch(work->flow.slot);
+	} else if (verdict == PYCOPY_HOLD) {
+		counts[PYCOPY_FAST_HELD]++;
+		pycopy_watch(work->flow.slot);
+	} else if (verdict == PYCOPY_STEERED) {
+		counts[PYCOPY_FAST_STEERED]++;
+	} else {
+		counts[PYCOPY_FAST_DUPLICATE]++;
+	}
+	return PYCOPY_KEPT;
+}
+
+/* --- the target's side --- */
+
+static __always_inline long pycopy_turn_into(PYCOPY_CTX *ctx, struct pycopy_work *work,
+					     const struct pycopy_hop *hop,
+					     const struct pycopy_fast_config *config,
+					     struct pycopy_log_record *record)
+{
+	if (work->reply.family == 4)
+		return pycopy_become(ctx, work, &work->key, hop, config, 20, record);
+	return pycopy_become(ctx, work, &work->key, hop, config, 40, record);
+}
+
+/* Sends the oldest held segment if it may leave: GONE_OUT if the packet is it, KEPT if
+ * a clone was and more may follow, TO_USER if nothing may leave.
+ */
+static __always_inline int pycopy_release_one(PYCOPY_CTX *ctx, struct pycopy_session *s,
+					      struct pycopy_work *work,
+					      const struct pycopy_hop *hop,
+					      const struct pycopy_fast_config *config, u64 *counts)
+{
+	struct pycopy_log_record *record;
+	u64 at = s->held_at[s->held_first & (PYCOPY_HELD_MAX - 1)], now_ns = pycopy_now(config);
+	int verdict = PYCOPY_HOLD, more = 0;
+	long failed;
+
+	record = pycopy_log_find(at);
+	if (!s->held || !record)
+		return PYCOPY_TO_USER;
+	work->record = *record;
+	bpf_spin_lock(&s->lock);
+	if (pycopy_is_ours(s, &work->flow) && s->held &&
+	    s->held_at[s->held_first & (PYCOPY_HELD_MAX - 1)] == at) {
+		verdict = pycopy_release(s, config, &work->record, now_ns);
+		pycopy_reply_of(s, work->record.seq,
+				work->record.tcp_flags & (PYCOPY_TCP_FIN | PYCOPY_TCP_PSH),
+				&work->reply);
+		work->key = s->target;
+		more = s->held;
+	}
+	bpf_spin_unlock(&s->lock);
+	if (verdict == PYCOPY_LEAVE)
+		pycopy_hand_over(s, &work->flow, counts);
+	if (verdict != PYCOPY_SEND)
+		return PYCOPY_TO_USER;
+	counts[PYCOPY_FAST_RELEASED]++;
+	pycopy_count_hold(counts, now_ns - work->record.time_ns);
+	failed = pycopy_turn_into(ctx, work, hop, config, record);
+	if (!failed && !more) {
+		pycopy_count_out(counts, work->reply.flags, work->record.seg_len, 0);
+		return PYCOPY_GONE_OUT;
+	}
+	if (!failed)
+		failed = bpf_clone_redirect(ctx, hop->ifindex, 0);
+	pycopy_count_out(counts, work->reply.flags, work->record.seg_len, failed);
+	return PYCOPY_KEPT;
+}
+
+/* What the session may send now: held segments, then an acknowledgement if one is due. */
+static __always_inline int pycopy_pump(PYCOPY_CTX *ctx, struct pycopy_session *s,
+				       struct pycopy_work *work, const struct pycopy_hop *hop,
+				       const struct pycopy_fast_config *config, u64 *counts)
+{
+	u64 now_ns = pycopy_now(config);
+	int due, kept;
+
+#pragma clang loop unroll(disable)
+	for (u64 i = 0; i < PYCOPY_RELEASES; i++) {
+		PYCOPY_PIN(i);
+		if (!s->held)
+			break;
+		kept = pycopy_release_one(ctx, s, work, hop, config, counts);
+		if (kept == PYCOPY_GONE_OUT)
+			return kept;
+		if (kept == PYCOPY_TO_USER)
+			break;
+	}
+	bpf_spin_lock(&s->lock);
+	due = pycopy_is_ours(s, &work->flow) && pycopy_acknowledge(s, now_ns);
+	pycopy_reply_of(s, s->snd_nxt, 0, &work->reply);
+	work->key = s->target;
+	bpf_spin_unlock(&s->lock);
+	if (!due)
+		return PYCOPY_KEPT;
+	if (pycopy_turn_into(ctx, work, hop, config, 0)) {
+		pycopy_count_out(counts, 0, 0, -1);
+		return PYCOPY_KEPT;
+	}
+	pycopy_count_out(counts, 0, 0, 0);
+	return PYCOPY_GONE_OUT;
+}
+
+/* The session is over: the client's next SYN is another's. */
+static __always_inline void pycopy_close(struct pycopy_session *s, struct pycopy_work *work,
+					 u64 *counts)
+{
+	u32 end = s->online_snd_nxt;
+
+	work->key = s->online;
+	pycopy_delete(PYCOPY_MAP_FLOWS, &work->key);
+	pycopy_update(PYCOPY_MAP_ENDED, &work->key, &end, 0);
+	counts[PYCOPY_FAST_CLOSED]++;
+}
+
+/* A response of the target, before it becomes a record; GONE_OUT: it is to be redirected
+ * to `*ifindex`.
+ */
+static __always_inline int pycopy_keep_target(PYCOPY_CTX *ctx, struct pycopy_segment *segment,
+					      u32 *ifindex)
+{
+	struct pycopy_fast_config *config = pycopy_config();
+	u32 service;
+	struct pycopy_work *work = pycopy_work_of_cpu();
+	u64 *counts = pycopy_fast_counts(), now_ns;
+	struct pycopy_flow *flow;
+	struct pycopy_session *s;
+	struct pycopy_hop *hop;
+	int verdict = PYCOPY_LEAVE, was = 0, is = 0;
+
+	if (!config || !work || !counts)
+		return PYCOPY_TO_USER;
+	flow = pycopy_lookup(PYCOPY_MAP_TARGETS, &segment->key);
+	if (!flow || flow->slot == PYCOPY_NO_SLOT)
+		return PYCOPY_TO_USER;
+	work->flow = *flow;
+	s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &work->flow.slot);
+	if (!s || !pycopy_is_ours(s, &work->flow))
+		return PYCOPY_TO_USER;
+	service = s->service;
+	hop = pycopy_lookup(PYCOPY_MAP_HOPS, &service);
+	if (PYCOPY_L2_BYTES != 14 || !hop || !hop->usable)
+		return pycopy_expel(s, &work->flow, counts, PYCOPY_LEFT_HOP);
+	now_ns = pycopy_now(config);
+	bpf_spin_lock(&s->lock);
+	if (pycopy_is_ours(s, &work->flow)) {
+		was = s->state;
+		verdict = pycopy_target_arrives(s, config, segment, now_ns);
+		is = s->state;
+	}
+	bpf_spin_unlock(&s->lock);
+	if (verdict == PYCOPY_LEAVE) {
+		if (was)
+			pycopy_hand_over(s, &work->flow, counts);
+		return PYCOPY_TO_USER;
+	}
+	counts[PYCOPY_FAST_RESPONSES]++;
+	counts[verdict == PYCOPY_STEERED ? PYCOPY_FAST_RESPONSES_STEERED
+					 : PYCOPY_FAST_RESPONSES_DUPLICATE]++;
+	if (segment->seg_len)
+		counts[PYCOPY_FAST_RESPONSE_PAYLOAD]++;
+	if (segment->tcp_flags & PYCOPY_TCP_FIN)
+		counts[PYCOPY_FAST_RESPONSE_FIN]++;
+	if (was == PYCOPY_SYN_SENT)
+		counts[PYCOPY_FAST_ESTABLISHED]++;
+	if (is == PYCOPY_TIME_WAIT && was != PYCOPY_TIME_WAIT)
+		pycopy_close(s, work, counts);
+	if (s->held || s->ack_at || is == PYCOPY_TIME_WAIT || s->snd_nxt != s->snd_una)
+		pycopy_watch(work->flow.slot);
+	*ifindex = hop->ifindex;
+	return pycopy_pump(ctx, s, work, hop, config, counts);
+}
+
+#endif

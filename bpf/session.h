@@ -1,0 +1,450 @@
+/* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0
+ *
+ * The rules of a session that the kernel keeps: pycopy/session/ for the healthy
+ * case, in C.  Like there, nothing here does any input or output: a segment
+ * arrives, the session changes, and a verdict says what is to be done.  Whatever
+ * is not the healthy case leaves: user space fetches the session and goes on
+ * from exactly here, so nothing may be changed before it is decided to stay.
+ *
+ * Runs under the session's spin lock: no helper may be called.
+ */
+#ifndef PYCOPY_SESSION_H
+#define PYCOPY_SESSION_H
+
+#include "parse.h"
+
+/* RFC 9293 3.7.1: what a SYN without the option means. */
+#define PYCOPY_DEFAULT_MSS(family) ((family) == 4 ? 536 : 1220)
+#define PYCOPY_MIN_MSS		   88 /* Linux's TCP_MIN_MSS, as in arrival.py */
+#define PYCOPY_TIMESTAMPS_BYTES	   12
+#define PYCOPY_INITIAL_WINDOW	   10 /* RFC 6928 2, in segments */
+#define PYCOPY_NO_SSTHRESH	   (1U << 30)
+
+enum pycopy_verdict {
+	PYCOPY_SEND,	  /* pass it on now */
+	PYCOPY_HOLD,	  /* its place in the log is remembered */
+	PYCOPY_STEERED,	  /* it carried nothing to pass on */
+	PYCOPY_DUPLICATE, /* nothing new in it */
+	PYCOPY_LEAVE,	  /* not the kernel's business: see session->left */
+};
+
+/* What is sent: the session's numbers at the moment of the decision. */
+struct pycopy_reply {
+	__u32 seq;
+	__u32 ack;
+	__u32 ts_recent;
+	__u16 smss;
+	__u16 service;
+	__u8 flags;
+	__u8 options;
+	__u8 rcv_wscale;
+	__u8 family;
+	__u16 mss;
+};
+
+/* A client segment as the send rules see it: on arrival, or out of the log. */
+struct pycopy_offer {
+	__u32 end; /* seq of what follows */
+	__u32 ack;
+	__u32 seg_len;
+	__u32 fin;
+};
+
+static __always_inline int pycopy_leave(struct pycopy_session *s, u16 why)
+{
+	s->owner = PYCOPY_LEAVING;
+	s->left = why;
+	return PYCOPY_LEAVE;
+}
+
+static __always_inline u32 pycopy_in_flight(const struct pycopy_session *s)
+{
+	return s->snd_nxt - s->snd_una;
+}
+
+/* How many bytes the target still owes before this may leave (release.py rule 1);
+ * negative: it has said more than the client had received online.
+ */
+static __always_inline s32 pycopy_owed(const struct pycopy_session *s, u32 ack)
+{
+	return (ack - s->online_irs - s->need_base) - (s->rcv_nxt - s->irs);
+}
+
+/* SEND, HOLD, or LEAVE: whether the next segment in order may leave. */
+static __always_inline int pycopy_may_send(struct pycopy_session *s,
+					   const struct pycopy_fast_config *config,
+					   const struct pycopy_offer *offer)
+{
+	s32 owed = pycopy_owed(s, offer->ack);
+	s64 room = (s64)s->snd_wnd - pycopy_in_flight(s);
+	s64 cwnd_room = (s64)s->cwnd - pycopy_in_flight(s);
+
+	if (s->state == PYCOPY_SYN_SENT)
+		return PYCOPY_HOLD;
+	if (s->state == PYCOPY_CLOSE_WAIT) {
+		/* The target is over.  More than a close needs another connection, or the
+		 * half that is open: departure.py knows which.
+		 */
+		if (offer->seg_len)
+			return pycopy_leave(s, PYCOPY_LEFT_CLOSE);
+	} else if (config->wait_for_response) {
+		if (owed > 0)
+			return PYCOPY_HOLD;
+		/* A close waits for quiet where the target has said more (release.py). */
+		if (owed < 0 && !offer->seg_len)
+			return pycopy_leave(s, PYCOPY_LEFT_CLOSE);
+	}
+	if (cwnd_room < room)
+		room = cwnd_room;
+	if (offer->seg_len > room || room < 0) {
+		if (pycopy_in_flight(s) && room < s->smss)
+			return PYCOPY_HOLD; /* RFC 9293 3.8.6.2.1; acknowledgements are coming */
+		return pycopy_leave(s, PYCOPY_LEFT_QUEUE); /* to be cut, or a window to be probed */
+	}
+	return PYCOPY_SEND;
+}
+
+/* It leaves now. */
+static __always_inline void pycopy_sent(struct pycopy_session *s, const struct pycopy_offer *offer,
+					u64 now_ns)
+{
+	/* What the client had received since its segment before makes this a new request. */
+	if (!(s->known & PYCOPY_KNOWN_SENT) || (s32)(offer->ack - s->sent_need) > 0)
+		s->answered = s->rcv_nxt;
+	s->sent_need = offer->ack;
+	s->known |= PYCOPY_KNOWN_SENT;
+	if (!pycopy_in_flight(s))
+		s->rto_at = now_ns + s->rto_ns;
+	if (!(s->known & PYCOPY_KNOWN_TIME)) {
+		s->known |= PYCOPY_KNOWN_TIME;
+		s->timed_end = offer->end;
+		s->timed_ns = now_ns;
+	}
+	s->snd_nxt = offer->end;
+	s->rcv_acked = s->rcv_nxt;
+	s->ack_at = 0;
+	if (offer->fin)
+		s->state = s->state == PYCOPY_CLOSE_WAIT ? PYCOPY_LAST_ACK : PYCOPY_FIN_WAIT_1;
+}
+
+/* session.on_client_segment(): `at` is where the segment is in the log. */
+static __always_inline int pycopy_client_arrives(struct pycopy_session *s,
+						 const struct pycopy_fast_config *config,
+						 const struct pycopy_segment *segment, u64 at,
+						 u64 now_ns)
+{
+	struct pycopy_offer offer = {
+		.seg_len = segment->seg_len,
+		.fin = !!(segment->tcp_flags & PYCOPY_TCP_FIN),
+		.ack = segment->ack,
+	};
+	int verdict;
+
+	offer.end = segment->seq + offer.seg_len + offer.fin;
+	if (segment->tcp_flags & PYCOPY_TCP_RST)
+		return pycopy_leave(s, PYCOPY_LEFT_RESET);
+	if (!(segment->tcp_flags & PYCOPY_TCP_ACK))
+		return pycopy_leave(s, PYCOPY_LEFT_OPTIONS);
+	if (!(s->known & PYCOPY_KNOWN_IRS)) {
+		s->known |= PYCOPY_KNOWN_IRS;
+		s->online_irs = segment->ack - 1;
+		s->online_rcv_nxt = segment->ack;
+	} else if ((s32)(segment->ack - s->online_irs) < 1) {
+		return pycopy_leave(s, PYCOPY_LEFT_ORDER);
+	}
+	if (offer.seg_len + offer.fin) {
+		if (s->known & PYCOPY_KNOWN_FIN || (s32)(offer.end - s->online_snd_nxt) <= 0) {
+			verdict = PYCOPY_DUPLICATE;
+			goto heard;
+		}
+		if (segment->seq != s->online_snd_nxt)
+			return pycopy_leave(s, PYCOPY_LEFT_ORDER);
+	} else {
+		verdict = PYCOPY_STEERED;
+		goto heard;
+	}
+	/* An ACK never moves back: a segment that was overtaken has a lower one. */
+	if (s->known & PYCOPY_KNOWN_NEED && (s32)(offer.ack - s->online_need) < 0)
+		offer.ack = s->online_need;
+	if (s->held)
+		verdict = PYCOPY_HOLD;
+	else
+		verdict = pycopy_may_send(s, config, &offer);
+	if (verdict == PYCOPY_LEAVE)
+		return verdict;
+	if (verdict == PYCOPY_HOLD) {
+		/* A release is one frame; what is longer is cut by the engine. */
+		if (s->held >= PYCOPY_HELD_MAX ||
+		    offer.seg_len > (s->state == PYCOPY_SYN_SENT ? s->mss - 40 : s->smss))
+			return pycopy_leave(s, PYCOPY_LEFT_QUEUE);
+		s->held_at[(s->held_first + s->held) & (PYCOPY_HELD_MAX - 1)] = at;
+		s->held++;
+	} else {
+		pycopy_sent(s, &offer, now_ns);
+	}
+	s->log_last = at;
+	s->online_snd_nxt = offer.end;
+	s->online_need = offer.ack;
+	s->known |= PYCOPY_KNOWN_NEED | (offer.fin ? PYCOPY_KNOWN_FIN : 0);
+heard:
+	s->client_ns = now_ns;
+	if ((s32)(segment->ack - s->online_rcv_nxt) > 0)
+		s->online_rcv_nxt = segment->ack;
+	return verdict;
+}
+
+/* recovery.sample_rtt(): RFC 6298 2. */
+static __always_inline void pycopy_sample_rtt(struct pycopy_session *s,
+					      const struct pycopy_fast_config *config, s64 rtt_ns)
+{
+	s64 off = (s64)s->srtt_ns - rtt_ns;
+	u64 rto_ns;
+
+	if (!s->srtt_ns) {
+		s->srtt_ns = rtt_ns;
+		s->rttvar_ns = (u64)rtt_ns / 2;
+	} else {
+		if (off < 0)
+			off = -off;
+		s->rttvar_ns += (off - (s64)s->rttvar_ns) >> 2;
+		s->srtt_ns += (rtt_ns - (s64)s->srtt_ns) >> 3;
+	}
+	rto_ns = s->srtt_ns + 4 * s->rttvar_ns;
+	if (rto_ns < config->rto_min_ns)
+		rto_ns = config->rto_min_ns;
+	if (rto_ns > config->rto_max_ns)
+		rto_ns = config->rto_max_ns;
+	s->rto_ns = rto_ns;
+}
+
+/* recovery.on_new_ack() where nothing was lost: RFC 5681 3.1, RFC 7661. */
+static __always_inline void pycopy_grow_cwnd(struct pycopy_session *s, u32 acked_bytes)
+{
+	u64 grown = acked_bytes;
+
+	if (2 * (u64)(pycopy_in_flight(s) + acked_bytes) < s->cwnd)
+		return;
+	if (s->cwnd < s->ssthresh) {
+		if (grown > 2 * s->smss)
+			grown = 2 * s->smss;
+	} else {
+		grown = (u64)s->smss * acked_bytes / (s->cwnd ? s->cwnd : 1);
+		if (!grown)
+			grown = 1;
+	}
+	if (s->cwnd < PYCOPY_NO_SSTHRESH)
+		s->cwnd += grown;
+}
+
+/* The target acknowledged everything before `ack`: arrival._advance(). */
+static __always_inline void pycopy_acknowledged(struct pycopy_session *s,
+						const struct pycopy_fast_config *config, u32 ack,
+						u64 now_ns)
+{
+	u32 acked_bytes = ack - s->snd_una;
+
+	s->snd_una = ack;
+	if (s->known & PYCOPY_KNOWN_TIME && (s32)(ack - s->timed_end) >= 0) {
+		s->known &= ~PYCOPY_KNOWN_TIME;
+		pycopy_sample_rtt(s, config, now_ns > s->timed_ns ? now_ns - s->timed_ns : 1);
+	}
+	pycopy_grow_cwnd(s, acked_bytes);
+	s->progress_ns = now_ns;
+	s->rto_at = pycopy_in_flight(s) ? now_ns + s->rto_ns : 0;
+}
+
+/* arrival._establish() */
+static __always_inline int pycopy_establish(struct pycopy_session *s,
+					    const struct pycopy_fast_config *config,
+					    const struct pycopy_segment *segment, u64 now_ns)
+{
+	const u8 wanted = PYCOPY_TCP_SYN | PYCOPY_TCP_ACK;
+	u32 mss = segment->mss ? segment->mss : PYCOPY_DEFAULT_MSS(s->family);
+
+	if ((segment->tcp_flags & (wanted | PYCOPY_TCP_RST | PYCOPY_TCP_FIN)) != wanted ||
+	    segment->ack != s->snd_nxt || segment->seg_len)
+		return pycopy_leave(s, PYCOPY_LEFT_RESPONSE);
+	s->irs = segment->seq;
+	s->rcv_nxt = s->rcv_acked = s->answered = segment->seq + 1;
+	s->rcv_acked--;
+	s->options &= segment->options;
+	if (s->options & PYCOPY_OPT_WSCALE)
+		s->snd_wscale = segment->wscale;
+	else
+		s->rcv_wscale = 0;
+	if (mss < PYCOPY_MIN_MSS)
+		mss = PYCOPY_MIN_MSS;
+	if (mss < s->mss)
+		s->mss = mss;
+	s->smss = s->mss;
+	if (s->options & PYCOPY_OPT_TIMESTAMPS)
+		s->smss -= PYCOPY_TIMESTAMPS_BYTES;
+	s->ts_recent = segment->tsval;
+	pycopy_acknowledged(s, config, segment->ack, now_ns);
+	s->cwnd = PYCOPY_INITIAL_WINDOW * s->smss;
+	s->ssthresh = PYCOPY_NO_SSTHRESH;
+	s->snd_wnd = segment->wnd; /* RFC 7323 2.2: never scaled in a SYN */
+	s->snd_wl1 = segment->seq;
+	s->snd_wl2 = segment->ack;
+	s->state = PYCOPY_ESTABLISHED;
+	s->ack_at = now_ns;
+	return PYCOPY_STEERED;
+}
+
+/* The target has acknowledged our FIN. */
+static __always_inline void pycopy_fin_acknowledged(struct pycopy_session *s,
+						    const struct pycopy_fast_config *config,
+						    u64 now_ns)
+{
+	if (s->state == PYCOPY_FIN_WAIT_1) {
+		s->state = PYCOPY_FIN_WAIT_2;
+	} else if (s->state == PYCOPY_CLOSING || s->state == PYCOPY_LAST_ACK) {
+		s->state = PYCOPY_TIME_WAIT;
+		s->rto_at = now_ns + config->time_wait_ns;
+	}
+}
+
+/* The target's FIN is in order. */
+static __always_inline void pycopy_fin_arrived(struct pycopy_session *s,
+					       const struct pycopy_fast_config *config, u64 now_ns)
+{
+	if (s->state == PYCOPY_ESTABLISHED) {
+		s->state = PYCOPY_CLOSE_WAIT;
+	} else if (s->state == PYCOPY_FIN_WAIT_1) {
+		s->state = PYCOPY_CLOSING;
+	} else if (s->state == PYCOPY_FIN_WAIT_2) {
+		s->state = PYCOPY_TIME_WAIT;
+		s->rto_at = now_ns + config->time_wait_ns;
+	}
+}
+
+/* Late segments of a session that is over: a repeated FIN is acknowledged again. */
+static __always_inline int pycopy_after_the_end(struct pycopy_session *s,
+						const struct pycopy_segment *segment, u64 now_ns)
+{
+	if (segment->seg_len || segment->tcp_flags & PYCOPY_TCP_FIN)
+		s->ack_at = now_ns;
+	return PYCOPY_DUPLICATE;
+}
+
+/* session.on_target_segment(): STEERED, DUPLICATE or LEAVE.  What it sets free is
+ * found afterwards; an acknowledgement is due when ack_at says so.
+ */
+static __always_inline int pycopy_target_arrives(struct pycopy_session *s,
+						 const struct pycopy_fast_config *config,
+						 const struct pycopy_segment *segment, u64 now_ns)
+{
+	u32 fin = !!(segment->tcp_flags & PYCOPY_TCP_FIN);
+	u32 end = segment->seq + segment->seg_len + fin;
+	s32 ahead = segment->seq - s->rcv_nxt;
+	s32 acked = segment->ack - s->snd_una;
+	u32 wnd = (u32)segment->wnd << (s->snd_wscale & 15);
+
+	if (s->state == PYCOPY_SYN_SENT)
+		return pycopy_establish(s, config, segment, now_ns);
+	if (s->state == PYCOPY_TIME_WAIT)
+		return pycopy_after_the_end(s, segment, now_ns);
+	if (segment->tcp_flags & PYCOPY_TCP_RST)
+		return pycopy_leave(s, PYCOPY_LEFT_RESET);
+	if (segment->tcp_flags & PYCOPY_TCP_SYN) {
+		s->ack_at = now_ns; /* our ACK of the handshake was lost, or RFC 5961 4 */
+		return PYCOPY_DUPLICATE;
+	}
+	if (segment->sack_blocks)
+		return pycopy_leave(s, PYCOPY_LEFT_DUP_ACK);
+	if (!(segment->tcp_flags & PYCOPY_TCP_ACK) || (s32)(segment->ack - s->snd_nxt) > 0 ||
+	    (end != segment->seq && ahead > 0))
+		return pycopy_leave(s, PYCOPY_LEFT_RESPONSE);
+	if (!acked && pycopy_in_flight(s) && end == segment->seq && wnd == s->snd_wnd)
+		return pycopy_leave(s, PYCOPY_LEFT_DUP_ACK);
+
+	if (acked >= 0) {
+		if (acked) {
+			pycopy_acknowledged(s, config, segment->ack, now_ns);
+			if (!pycopy_in_flight(s) && s->known & PYCOPY_KNOWN_FIN)
+				pycopy_fin_acknowledged(s, config, now_ns);
+		}
+		/* RFC 9293 3.10.7.4: only a segment that is not older may change the window. */
+		if ((s32)(segment->seq - s->snd_wl1) > 0 ||
+		    (segment->seq == s->snd_wl1 && (s32)(segment->ack - s->snd_wl2) >= 0)) {
+			s->snd_wnd = wnd;
+			s->snd_wl1 = segment->seq;
+			s->snd_wl2 = s->snd_una;
+		}
+	}
+	if ((s32)(segment->seq - s->rcv_acked) <= 0 && (s32)(segment->tsval - s->ts_recent) > 0)
+		s->ts_recent = segment->tsval; /* RFC 7323 4.3 */
+	if (end == segment->seq) {
+		if (ahead < 0)
+			s->ack_at = now_ns; /* keep-alive (RFC 9293 3.8.4), or window probe */
+		return PYCOPY_STEERED;
+	}
+	if ((s->state != PYCOPY_ESTABLISHED && s->state != PYCOPY_FIN_WAIT_1 &&
+	     s->state != PYCOPY_FIN_WAIT_2) ||
+	    (s32)(end - s->rcv_nxt) <= 0) {
+		s->ack_at = now_ns; /* repeated: our ACK was lost */
+		return PYCOPY_DUPLICATE;
+	}
+	s->rcv_nxt = end;
+	s->progress_ns = now_ns;
+	if (fin || s->rcv_nxt - s->rcv_acked >= 2 * (u32)s->smss)
+		s->ack_at = now_ns; /* RFC 5681 4.2 */
+	else if (!s->ack_at)
+		s->ack_at = now_ns + config->delayed_ack_ns;
+	if (fin)
+		pycopy_fin_arrived(s, config, now_ns);
+	return PYCOPY_STEERED;
+}
+
+/* An acknowledgement of its own, if one is due: true if it is to be sent. */
+static __always_inline int pycopy_acknowledge(struct pycopy_session *s, u64 now_ns)
+{
+	if (!s->ack_at || s->ack_at > now_ns)
+		return 0;
+	s->ack_at = 0;
+	s->rcv_acked = s->rcv_nxt;
+	return 1;
+}
+
+/* The oldest held segment, if it may leave now. */
+static __always_inline int pycopy_release(struct pycopy_session *s,
+					  const struct pycopy_fast_config *config,
+					  const struct pycopy_log_record *record, u64 now_ns)
+{
+	struct pycopy_offer offer = {
+		.seg_len = record->seg_len,
+		.end = record->end,
+		.fin = record->end - record->seq - record->seg_len,
+		.ack = record->ack,
+	};
+	int verdict;
+
+	if (s->known & PYCOPY_KNOWN_SENT && (s32)(offer.ack - s->sent_need) < 0)
+		offer.ack = s->sent_need; /* it was overtaken */
+	verdict = pycopy_may_send(s, config, &offer);
+	if (verdict != PYCOPY_SEND)
+		return verdict;
+	if (offer.seg_len > s->smss)
+		return pycopy_leave(s, PYCOPY_LEFT_QUEUE);
+	s->held--;
+	s->held_first = (s->held_first + 1) & (PYCOPY_HELD_MAX - 1);
+	pycopy_sent(s, &offer, now_ns);
+	return PYCOPY_SEND;
+}
+
+static __always_inline void pycopy_reply_of(const struct pycopy_session *s, u32 seq, u8 flags,
+					    struct pycopy_reply *reply)
+{
+	reply->seq = seq;
+	reply->ack = s->rcv_nxt;
+	reply->ts_recent = s->ts_recent;
+	reply->smss = s->smss;
+	reply->mss = s->mss;
+	reply->service = s->service;
+	reply->flags = flags;
+	reply->options = s->options;
+	reply->rcv_wscale = s->rcv_wscale;
+	reply->family = s->family;
+}
+
+#endif

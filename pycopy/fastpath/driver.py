@@ -1,0 +1,157 @@
+"""The fast path as replay drives it: set up, kept informed, given time, and wound up.
+
+The driver calls :meth:`FastPath.on_timer` when ``deadline_ns`` is due and
+:meth:`FastPath.after_turn` when it has nothing unread and nothing unsent. Everything that
+is counted in the kernel is added to the ledger here, so that it shows nowhere who did it.
+"""
+
+from collections.abc import Sequence
+
+from pycopy.abi import FastCount, Left
+from pycopy.config import ReplayConfig
+from pycopy.egress import Egress
+from pycopy.fastpath.kernel import KernelSessions, active
+from pycopy.inet import family_of
+from pycopy.ledger import Count, Fate, Ledger, ResponseFate
+from pycopy.nexthop import NextHops
+from pycopy.session.rules import MS, SECOND, Rules
+from pycopy.session.states import Outcome
+from pycopy.session.table import Table
+
+#: How often the kernel's sessions are looked at: what an acknowledgement or a timeout may
+#: come late.
+TICK_NS = 10 * MS
+#: While the kernel has none.
+REST_NS = 100 * MS
+#: How often all of them are looked at, for the long limits.
+SWEEP_NS = 5 * SECOND
+
+#: Kernel counter by counter: where it stands in the ledger.
+_COUNTS = {
+    FastCount.CLIENT: Count.CAPTURED,
+    FastCount.SYN: Count.SYN,
+    FastCount.PAYLOAD: Count.PAYLOAD,
+    FastCount.PAYLOAD_BYTES: Count.PAYLOAD_BYTES,
+    FastCount.RESPONSES: Count.RESPONSES,
+    FastCount.RESPONSE_PAYLOAD: Count.RESPONSE_PAYLOAD,
+    FastCount.RESPONSE_FIN: Count.RESPONSE_FIN,
+    FastCount.OPENED: Count.SESSIONS,
+    FastCount.ESTABLISHED: Count.ESTABLISHED,
+    FastCount.OUT_SEGMENTS: Count.SENT_SEGMENTS,
+    FastCount.OUT_PAYLOAD: Count.SENT_PAYLOAD,
+    FastCount.OUT_SYN: Count.SENT_SYN,
+    FastCount.OUT_FIN: Count.SENT_FIN,
+    FastCount.OUT_ACK: Count.SENT_ACK,
+}
+_FATES = {
+    FastCount.SENT_AT_ONCE: Fate.SENT,
+    FastCount.RELEASED: Fate.SENT,
+    FastCount.HELD: Fate.HELD,
+    FastCount.STEERED: Fate.STEERED,
+    FastCount.DUPLICATE: Fate.DUPLICATE,
+}
+_RESPONSES = {
+    FastCount.RESPONSES_STEERED: ResponseFate.STEERED,
+    FastCount.RESPONSES_DUPLICATE: ResponseFate.DUPLICATE,
+}
+
+#: What a device refused to send, in the ledger, beside the names of errno.
+NOT_SENT = "IN_KERNEL"
+
+
+class FastPath:
+    """One run's. Make it, load the programs with ``kernel``, then :meth:`start`."""
+
+    def __init__(self, config: ReplayConfig) -> None:
+        self.kernel = KernelSessions(len(config.services), config.max_sessions)
+        self._config = config
+        #: Sampling is user space's: the kernel opens nothing then.
+        self._samples = config.sample_percent < 100 or config.ramp
+        self._sweep_at = 0
+        self._seen: list[int] = self.kernel.counters()
+        self.deadline_ns = 0
+
+    def start(
+        self, table: Table, rules: Rules, ledger: Ledger, hops: NextHops, egress: Egress
+    ) -> None:
+        """Everything is resolved, nothing attached yet."""
+        self._table, self._ledger, self._hops, self._egress = table, ledger, hops, egress
+        self.kernel.configure(rules)
+        self.set_closed(False)
+        self.on_hop_change()
+        self.kernel.load(14)
+        table.kernel = self.kernel
+
+    def use_ports(self, ports: Sequence[int]) -> None:
+        self.kernel.use_ports(list(ports))
+
+    def set_closed(self, closed: bool) -> None:
+        """Whether sessions may be opened now."""
+        self.kernel.set_closed(closed or self._samples)
+
+    def on_hop_change(self) -> None:
+        """Tell the programs where frames to the targets go now."""
+        for index, service in enumerate(self._config.services):
+            target = service.target_addr
+            self.kernel.set_hop(
+                index, self._hops.resolve(target), family_of(target), service.target_port,
+                self._egress.path_mss(target),
+            )  # fmt: skip
+
+    def on_timer(self, now_ns: int) -> None:
+        """Let time pass for the kernel's sessions, and take over what needs judgement."""
+        everything = now_ns >= self._sweep_at
+        if everything:
+            self._sweep_at = now_ns + SWEEP_NS
+        self._table.adopt_all(self.kernel.on_timer(everything), now_ns)
+        self.deadline_ns = now_ns + TICK_NS
+
+    def after_turn(self) -> None:
+        """Nothing captured is unread, nothing is unsent."""
+        self._table.give_back()
+
+    def refresh(self) -> None:
+        """Bring the ledger up to date."""
+        ledger, now = self._ledger, self.kernel.counters()
+        grown = [new - old for new, old in zip(now, self._seen, strict=True)]
+        self._seen = now
+        for fast, count in _COUNTS.items():
+            ledger.counts[count] += grown[fast]
+        for fast, fate in _FATES.items():
+            ledger.fates[fate] += grown[fast]
+        ledger.fates[Fate.HELD] -= grown[FastCount.RELEASED]
+        for fast, response in _RESPONSES.items():
+            ledger.responses[response] += grown[fast]
+        ledger.outcomes[Outcome.CLOSED] += grown[FastCount.CLOSED]
+        for bucket in range(len(ledger.hold)):
+            ledger.hold[bucket] += grown[FastCount.HOLD_TIME + bucket]
+        if grown[FastCount.OUT_FAILED]:
+            errors = ledger.send_errors
+            errors[NOT_SENT] = errors.get(NOT_SENT, 0) + grown[FastCount.OUT_FAILED]
+        ledger.active += active(now)
+        ledger.fastpath = self._section(now)
+
+    def _section(self, now: list[int]) -> dict[str, int | float | str]:
+        """The line of the view: what share stayed in the kernel, and why sessions left it."""
+        counts = self._ledger.counts
+        kernel = now[FastCount.CLIENT] + now[FastCount.RESPONSES]
+        everything = counts[Count.CAPTURED] + counts[Count.RESPONSES]
+        section: dict[str, int | float | str] = {
+            "kernel_segments": kernel,
+            "user_segments": everything - kernel,
+            "kernel_percent": round(100 * kernel / everything, 2) if everything else 0.0,
+            "sessions_taken": now[FastCount.TAKEN],
+            "sessions_given": now[FastCount.GIVEN],
+        }
+        for left in Left:
+            if now[FastCount.LEFT + left]:
+                section[f"left_{left.name.lower()}"] = now[FastCount.LEFT + left]
+        return section
+
+    def stop(self, now_ns: int) -> None:
+        """The run ends: every session is user space's from here on."""
+        self.kernel.set_closed(True)
+        self._table.adopt_all(self.kernel.fetch_all(), now_ns)
+
+    def close(self) -> None:
+        self.kernel.close()

@@ -1,0 +1,288 @@
+"""The kernel's sessions as the driver sees them: fetch one, give one back, keep time.
+
+A session that is not the kernel's any more is fetched when a record of it comes (it leaves
+because of a packet) or when the timer points at it. All that is done to a session goes
+through a BPF program (bpf/fastpath.c), which holds the session's lock; what is in maps
+only is changed from here. Nothing here knows the rules.
+"""
+
+import struct
+from collections.abc import Iterator
+
+from pycopy import abi, link, loader
+from pycopy.abi import FastCount, KernelSession, LogRecord
+from pycopy.fastpath.maps import Maps
+from pycopy.nexthop import Hop
+from pycopy.ring import Ring
+from pycopy.session.handover import Logged, unfinished
+from pycopy.session.rules import Rules
+
+from . import maps as maps_module
+
+#: The timer's steps in one call, and calls in one turn: 64 sessions take about 5 us.
+STEPS = 256
+CALLS = 64
+
+#: What the timer makes its frames of: a packet of either family, long enough for its headers.
+_MATERIAL = bytes(12) + b"\x08\x00" + bytes(114)
+
+#: Offset of ``mark`` in struct __sk_buff (linux/bpf.h), which is given up to there.
+_MARK = struct.Struct("=8xI")
+
+#: Longest chain of records that one session can have in the log and not acknowledged.
+_CHAIN_MAX = 1 << 16
+
+_PORT = struct.Struct("!H")
+_ZERO = bytes(4)
+
+
+class KernelSessions:
+    """Make it before the capture is loaded; the programs are loaded with :meth:`defines`."""
+
+    def __init__(self, services: int, max_sessions: int) -> None:
+        self.maps = Maps(services, max_sessions)
+        self._by_name = self.maps.by_name
+        self._module: loader.Module | None = None
+        self._attention: Ring | None = None
+        self._config = list(abi.FAST_CONFIG.unpack(bytes(abi.FAST_CONFIG.size)))
+        #: Slots of sessions that user space has fetched, by the key towards the target.
+        self._fetched: dict[bytes, tuple[int, int]] = {}
+        #: Keys towards the target of sessions that are over: swallowed for a while yet.
+        self._leaving: list[bytes] = []
+        self._gone: list[bytes] = []
+
+    def load(self, l2_bytes: int) -> None:
+        """Compile the timer; from then on sessions may be opened."""
+        self._module = loader.load(
+            "fastpath.c",
+            defines={"PYCOPY_HOOK_XDP": 0, "PYCOPY_L2_BYTES": l2_bytes, **self.maps.defines()},
+            programs=("pycopy_timer", "pycopy_control"),
+            map_fds=self.maps.fds,
+        )
+        self._attention = Ring(self._by_name["attention"].fd, maps_module.ATTENTION_BYTES)
+        slots = self._by_name["slots"].fd
+        for slot in reversed(range(self.maps.slots)):
+            link.stack_push(slots, slot.to_bytes(4, "little"))
+
+    # -- what the programs are told -------------------------------------------------------
+
+    def configure(self, rules: Rules) -> None:
+        """The times and choices of the run."""
+        self._config[1:10] = [
+            rules.quiet_ns, rules.quiet_max_ns, rules.delayed_ack_ns, rules.rto_initial_ns,
+            rules.rto_min_ns, rules.rto_max_ns, rules.time_wait_ns, rules.keepalive_ns,
+            rules.idle_ns,
+        ]  # fmt: skip
+        self._config[10] = rules.timestamp_origin
+        self._config[12] = int(rules.wait_for_response)
+        self._write_config()
+
+    def use_ports(self, ports: list[int]) -> None:
+        """Copies leave from our own address, from these ports in turn."""
+        table = self._by_name["ports"]
+        for index, port in enumerate(ports):
+            table.update(index.to_bytes(4, "little"), _PORT.pack(port))
+        self._config[13] = len(ports)
+        self._write_config()
+
+    def set_closed(self, closed: bool) -> None:
+        """Whether the kernel opens no sessions: user space says why, segment by segment."""
+        if self._config[11] != int(closed):
+            self._config[11] = int(closed)
+            self._write_config()
+
+    def set_clock(self, now_ns: int) -> None:
+        """For tests: the time of all programs."""
+        self._config[0] = now_ns
+        self._write_config()
+
+    def _write_config(self) -> None:
+        self._by_name["config"].update(_ZERO, abi.FAST_CONFIG.pack(*self._config))
+
+    def set_hop(self, service: int, hop: Hop, family: int, port: int, mss: int) -> None:
+        """The way to a service's target; not usable: its sessions leave the kernel."""
+        usable = hop.usable and len(hop.l2) == 14
+        value = abi.HOP.pack(
+            hop.ifindex, int(usable), family, mss, hop.l2[:14], _PORT.pack(port), hop.source,
+            hop.destination,
+        )  # fmt: skip
+        self._by_name["hops"].update(service.to_bytes(4, "little"), value)
+
+    # -- sessions change hands ------------------------------------------------------------
+
+    def fetch_online(self, key: bytes) -> tuple[KernelSession, list[Logged]] | None:
+        """The session of a connection online, from now on user space's; None: there is none."""
+        return self._fetch(self._by_name["flows"].lookup(key))
+
+    def fetch_target(self, key: bytes) -> tuple[KernelSession, list[Logged]] | None:
+        """The same by its connection to the target."""
+        return self._fetch(self._by_name["targets"].lookup(key))
+
+    def _fetch(self, flow: bytes | None) -> tuple[KernelSession, list[Logged]] | None:
+        if flow is None:
+            return None
+        slot, generation = abi.FLOW.unpack(flow)
+        return self.fetch(slot, generation)
+
+    def fetch(self, slot: int, generation: int) -> tuple[KernelSession, list[Logged]] | None:
+        """The same by its slot."""
+        if slot == abi.NO_SLOT:
+            return None
+        state = self._command(abi.TAKE, slot, generation, bytes(abi.KERNEL_SESSION.size))
+        if state is None:
+            return None
+        session = KernelSession(*abi.KERNEL_SESSION.unpack(state))
+        self._fetched[session.target] = (slot, generation)
+        return session, self._logged(session, slot, generation)
+
+    def _command(self, request: int, slot: int, generation: int, state: bytes) -> bytes | None:
+        """What came back with the session, or None if it was not done."""
+        assert self._module is not None
+        command = abi.COMMAND.pack(request, slot, generation, 0) + state
+        run = link.test_run(self._module.program_fds["pycopy_control"], command, room_bytes=0)
+        return None if run.retval else run.data[abi.COMMAND.size :]
+
+    def _logged(self, session: KernelSession, slot: int, generation: int) -> list[Logged]:
+        """What is in the log and not acknowledged, and the record before that, in order."""
+        found: list[Logged] = []
+        at = session.log_last
+        while at and len(found) < _CHAIN_MAX:
+            record, data = self._read_log(at)
+            if record is None or (record.slot, record.generation) != (slot, generation):
+                break
+            found.append((record, data))
+            if not unfinished(session, record):
+                break
+            at = record.before
+        found.reverse()
+        return found
+
+    def _read_log(self, at: int) -> tuple[LogRecord | None, bytes]:
+        log = self.maps.log
+        cpu, offset = at >> abi.LOG_CPU_SHIFT, at & (1 << abi.LOG_CPU_SHIFT) - 1
+        start = self.maps.log_at(cpu)
+        head, tail, _ = abi.LOG_HEAD.unpack_from(log, start)
+        if not tail <= offset < head:
+            return None, b""
+        start += abi.LOG_HEAD.size + (offset & self.maps.log_bytes - 1)
+        record = LogRecord(*abi.LOG_RECORD.unpack_from(log, start))
+        start += abi.LOG_RECORD.size
+        return record, log[start : start + record.seg_len]
+
+    def give(self, session: KernelSession) -> bool:
+        """The kernel goes on with ``session``; False if it has no room for it."""
+        slot, generation = self._fetched.get(session.target) or self._new_slot()
+        if slot == abi.NO_SLOT:
+            return False
+        state = abi.KERNEL_SESSION.pack(*session)
+        if self._command(abi.GIVE, slot, generation, state) is None:
+            return False
+        self._fetched.pop(session.target, None)
+        flow = abi.FLOW.pack(slot, generation)
+        self._by_name["flows"].update(session.online, flow)
+        self._by_name["targets"].update(session.target, flow)
+        return True
+
+    def _new_slot(self) -> tuple[int, int]:
+        top = link.stack_pop(self._by_name["slots"].fd, 4)
+        if top is None:
+            return abi.NO_SLOT, 0
+        value = self._by_name["sessions"].lookup(top)
+        assert value is not None
+        return int.from_bytes(top, "little"), abi.KERNEL_SESSION.unpack(value)[1]
+
+    # -- sessions of user space's own -----------------------------------------------------
+
+    def claim(self, target_key: bytes) -> bool:
+        """Enter a connection to the target that user space opens; False if the kernel has it."""
+        targets, flow = self._by_name["targets"], abi.FLOW.pack(abi.NO_SLOT, 0)
+        if link.map_insert(targets.fd, target_key, flow):
+            return True
+        for waiting in (self._leaving, self._gone):
+            if target_key in waiting:
+                waiting.remove(target_key)
+                self._drop_slot(target_key)
+                targets.update(target_key, flow)
+                return True
+        return False
+
+    def own_online(self, online_key: bytes) -> None:
+        """The connection online has a session in user space."""
+        self._by_name["flows"].update(online_key, abi.FLOW.pack(abi.NO_SLOT, 0))
+
+    def disown_online(self, online_key: bytes) -> None:
+        """It has none any more."""
+        self._by_name["flows"].delete(online_key)
+
+    def release(self, target_key: bytes) -> None:
+        """The connection to the target is over; its late segments are swallowed for a while."""
+        self._leaving.append(target_key)
+
+    def forget_released(self) -> None:
+        """Call once a second: forget what was released before the last call."""
+        for target_key in self._gone:
+            self._by_name["targets"].delete(target_key)
+            self._drop_slot(target_key)
+        self._gone, self._leaving = self._leaving, []
+
+    def _drop_slot(self, target_key: bytes) -> None:
+        fetched = self._fetched.pop(target_key, None)
+        if fetched is not None:
+            self._command(abi.DROP, *fetched, bytes(abi.KERNEL_SESSION.size))
+
+    # -- time, and what it shows ----------------------------------------------------------
+
+    def on_timer(self, everything: bool = False) -> Iterator[tuple[KernelSession, list[Logged]]]:
+        """Let time pass for the kernel's sessions; those that must leave come back, fetched."""
+        assert self._module is not None and self._attention is not None
+        program = self._module.program_fds["pycopy_timer"]
+        mark = abi.TIMER_BEGIN_ALL if everything else abi.TIMER_BEGIN
+        for _ in range(-(-self.maps.slots // STEPS) + 1 if everything else CALLS):
+            run = link.test_run(
+                program, _MATERIAL, repeat=STEPS, context=_MARK.pack(mark), room_bytes=1 << 14
+            )
+            mark = run.retval
+            if mark == abi.TIMER_DONE:
+                break
+        for record in self._attention.drain_raw(maps_module.ATTENTION_BYTES):
+            fetched = self.fetch(*abi.ATTENTION.unpack_from(record))
+            if fetched is not None:
+                yield fetched
+
+    def fetch_all(self) -> Iterator[tuple[KernelSession, list[Logged]]]:
+        """Everything that the kernel still has; what lingers after its end is left there."""
+        targets = self._by_name["targets"]
+        key, keys = None, []
+        while (key := link.map_next_key(targets.fd, key, abi.KEY.size)) is not None:
+            keys.append(key)
+        for key in keys:
+            fetched = self.fetch_target(key)
+            if fetched is not None:
+                yield fetched
+
+    def counters(self) -> list[int]:
+        """``enum pycopy_fast_count``, summed over the CPUs."""
+        value = self._by_name["counts"].lookup(_ZERO)
+        assert value is not None
+        words = memoryview(value).cast("Q")
+        return [sum(words[index :: abi.FAST_COUNTS]) for index in range(abi.FAST_COUNTS)]
+
+    def now_active(self) -> int:
+        """Sessions that the kernel has now."""
+        return active(self.counters())
+
+    def close(self) -> None:
+        """Give up the maps; what is attached keeps them until it is detached."""
+        if self._attention is not None:
+            self._attention.close()
+        if self._module is not None:
+            self._module.close()
+        self.maps.close()
+
+
+def active(counts: list[int]) -> int:
+    """Sessions that the kernel had when it counted ``counts``."""
+    return (
+        counts[FastCount.OPENED] + counts[FastCount.GIVEN]
+        - counts[FastCount.TAKEN] - counts[FastCount.EXPIRED]
+    )  # fmt: skip

@@ -1,0 +1,189 @@
+"""A session changes hands between the kernel (bpf/session.h) and this engine, losing nothing.
+
+Pure translation: 32-bit numbers of ``struct pycopy_session`` to positions that never wrap,
+and back. What the kernel had sent without an acknowledgement, and what it held, comes along
+as records of its log and becomes the flight and the queue.
+"""
+
+from collections.abc import Sequence
+
+from pycopy.abi import (
+    KNOWN_FIN,
+    KNOWN_IRS,
+    KNOWN_NEED,
+    KNOWN_SENT,
+    SYN,
+    KernelSession,
+    LogRecord,
+    Owner,
+)
+from pycopy.seq import MASK, diff
+from pycopy.session.session import Host, Session
+from pycopy.session.states import State
+from pycopy.session.views import NEVER, NO_POSITION, Chunk, Online, Target
+
+Logged = tuple[LogRecord, bytes]
+
+#: States in which the target's FIN has arrived.
+_TARGET_IS_OVER = frozenset({State.CLOSE_WAIT, State.CLOSING, State.LAST_ACK, State.TIME_WAIT})
+
+#: A session is given to the kernel only in this one: the handshake is over, no close has begun.
+GIVEN_IN = State.ESTABLISHED
+
+
+def adopt(host: Host, kernel: KernelSession, logged: Sequence[Logged], now_ns: int) -> Session:
+    """Return the session that goes on where ``kernel`` stopped.
+
+    ``logged``: the records of the log from the one before ``snd_una`` on, if it is still
+    there, in order.
+    """
+    online, target = _online(kernel), _target(kernel, host)
+    session = Session(
+        host, kernel.online, kernel.target, kernel.family, kernel.service, online, target, now_ns
+    )
+    session.state = State(kernel.state)
+    if session.state in _TARGET_IS_OVER:
+        target.fin_pos = target.rcv_nxt - 1
+    if session.state is State.SYN_SENT:
+        syn = Chunk(target.snd_una, b"", SYN, 0, now_ns)
+        syn.end += 1
+        syn.sent_ns = kernel.timed_ns
+        target.flight = [syn]
+    _take_log(session, kernel, logged)
+    session.rto_at = kernel.rto_at if target.flight and kernel.rto_at else NEVER
+    session.ack_at = kernel.ack_at or NEVER
+    session.progress_ns = kernel.progress_ns
+    session.last_client_ns = kernel.client_ns
+    return session
+
+
+def _online(kernel: KernelSession) -> Online:
+    online = Online(kernel.iss)
+    online.snd_nxt = _sent_position(kernel, kernel.online_snd_nxt)
+    if kernel.known & KNOWN_IRS:
+        online.irs = kernel.online_irs
+        online.rcv_nxt = (kernel.online_rcv_nxt - kernel.online_irs) & MASK
+    if kernel.known & KNOWN_NEED:
+        online.queue_need = _need(kernel, online, kernel.online_need)
+    if kernel.known & KNOWN_FIN:
+        online.fin_pos = online.snd_nxt - 1
+    return online
+
+
+def _sent_position(kernel: KernelSession, number: int) -> int:
+    """A sequence number of the client's stream as a position."""
+    return ((kernel.snd_una - kernel.iss) & MASK) + diff(number, kernel.snd_una)
+
+
+def _need(kernel: KernelSession, online: Online, ack: int) -> int:
+    """Response bytes that the client had acknowledged with ``ack``."""
+    return online.rcv_nxt + diff(ack, kernel.online_rcv_nxt) - 1
+
+
+def _target(kernel: KernelSession, host: Host) -> Target:
+    una = (kernel.snd_una - kernel.iss) & MASK
+    target = Target(kernel.iss, una + 1, kernel.mss, kernel.rto_ns)
+    target.snd_una = una
+    target.snd_nxt = _sent_position(kernel, kernel.snd_nxt)
+    target.options = kernel.options
+    target.rcv_wscale = kernel.rcv_wscale
+    if State(kernel.state) is State.SYN_SENT:
+        return target
+    target.irs = kernel.irs
+    target.snd_wscale = kernel.snd_wscale
+    target.smss = kernel.smss
+    target.rcv_nxt = (kernel.rcv_nxt - kernel.irs) & MASK
+    target.rcv_acked = target.rcv_nxt + diff(kernel.rcv_acked, kernel.rcv_nxt)
+    target.answered = target.rcv_nxt + diff(kernel.answered, kernel.rcv_nxt)
+    target.ts_recent = kernel.ts_recent
+    target.snd_wnd = kernel.snd_wnd
+    target.snd_wl1 = target.rcv_nxt + diff(kernel.snd_wl1, kernel.rcv_nxt)
+    target.snd_wl2 = una + diff(kernel.snd_wl2, kernel.snd_una)
+    if kernel.known & KNOWN_IRS:
+        # The kernel counts modulo 2^32: the one near what both servers have said so far.
+        lead = ((kernel.online_rcv_nxt - kernel.online_irs) & MASK) - target.rcv_nxt
+        target.need_base = lead + diff(kernel.need_base, lead & MASK)
+    target.srtt_ns, target.rttvar_ns = kernel.srtt_ns, kernel.rttvar_ns
+    target.cwnd, target.ssthresh = kernel.cwnd, kernel.ssthresh
+    return target
+
+
+def _take_log(session: Session, kernel: KernelSession, logged: Sequence[Logged]) -> None:
+    """Make flight and queue of what the log has."""
+    online, target = session.online, session.target
+    last_need: int | None = None
+    for record, data in logged:
+        pos = _sent_position(kernel, record.seq)
+        need = _need(kernel, online, record.ack)
+        boundary = last_need is not None and need > last_need
+        last_need = need if last_need is None else max(need, last_need)
+        chunk = Chunk(pos, data, record.tcp_flags, last_need, record.time_ns)
+        if chunk.end <= target.snd_una:
+            continue  # acknowledged: only there to say where a request began
+        chunk.boundary = boundary or pos == 1
+        if chunk.pos >= target.snd_nxt:
+            online.queue.append(chunk)
+            online.held_bytes += len(data)
+            continue
+        if chunk.pos < target.snd_una:
+            chunk.trim_front(target.snd_una)
+            chunk.boundary = False
+        chunk.sent_ns = record.time_ns
+        # It may have been held first: its time says nothing about the path.
+        chunk.resent = True
+        target.flight.append(chunk)
+
+
+def may_give(session: Session) -> bool:
+    """Whether the kernel could go on from here: nothing is out of the ordinary."""
+    online, target = session.online, session.target
+    return (
+        session.state is GIVEN_IN
+        and session.outcome is None
+        and online.irs is not None
+        and not online.queue
+        and not online.early
+        and online.fin_pos == NO_POSITION
+        and not target.flight
+        and not target.early
+        and not target.sacked
+        and target.snd_una == target.snd_nxt
+        and target.recovery_end == NO_POSITION
+        and target.fin_pos == NO_POSITION
+    )
+
+
+def describe(session: Session) -> KernelSession:
+    """``session`` as the kernel goes on with it; only where :func:`may_give` says so."""
+    online, target = session.online, session.target
+    irs = online.irs or 0
+    sent = (target.iss + target.snd_nxt) & MASK
+    rcv_nxt = (target.irs + target.rcv_nxt) & MASK
+    client_ack = (irs + online.rcv_nxt) & MASK
+    known = KNOWN_IRS
+    need = 0
+    if online.queue_need >= 0:
+        known |= KNOWN_NEED | KNOWN_SENT
+        need = (irs + online.queue_need + 1) & MASK
+    return KernelSession(
+        lock=0, generation=0, owner=Owner.KERNEL, state=session.state.value,
+        family=session.family, options=target.options, snd_wscale=target.snd_wscale,
+        rcv_wscale=target.rcv_wscale, held=0, held_first=0, service=session.service,
+        mss=target.mss, smss=target.smss, left=0, known=known, iss=target.iss,
+        online_irs=irs, online_snd_nxt=sent, online_rcv_nxt=client_ack, online_need=need,
+        sent_need=need, reserved=0, irs=target.irs, snd_una=sent, snd_nxt=sent,
+        snd_wnd=target.snd_wnd, snd_wl1=(target.irs + target.snd_wl1) & MASK,
+        snd_wl2=(target.iss + target.snd_wl2) & MASK, rcv_nxt=rcv_nxt,
+        rcv_acked=(target.irs + target.rcv_acked) & MASK, ts_recent=target.ts_recent,
+        need_base=target.need_base & MASK, answered=(target.irs + target.answered) & MASK,
+        cwnd=min(target.cwnd, 1 << 30), ssthresh=min(target.ssthresh, 1 << 30), timed_end=0,
+        timed_ns=0, srtt_ns=target.srtt_ns, rttvar_ns=target.rttvar_ns, rto_ns=target.rto_ns,
+        rto_at=0, ack_at=0 if session.ack_at == NEVER else session.ack_at,
+        progress_ns=session.progress_ns, client_ns=session.last_client_ns, log_last=0,
+        held_at=bytes(64), online=session.key, target=session.target_key,
+    )  # fmt: skip
+
+
+def unfinished(kernel: KernelSession, record: LogRecord) -> bool:
+    """Whether the target has not acknowledged all of ``record`` yet."""
+    return diff(record.end, kernel.snd_una) > 0
