@@ -135,13 +135,18 @@ class PostgreSQL(Database):
         """Every row of every table of ours, digested; pgbench's own time stamps left out."""
         return {table: _digest(rows) for table, rows in self._tables()}
 
-    def _tables(self):
+    def _tables(self, only=None):
+        """Tables and their rows; ``only`` has a condition for some of them."""
         tables = self._ask("select tablename from pg_tables where schemaname = 'public'").split()
-        rows = "select (to_jsonb(r) - 'mtime')::text from {} r order by 1"
-        return [(table, self._ask(rows.format(table))) for table in sorted(tables)]
+        rows = "select (to_jsonb(r) - 'mtime')::text from {} r {} order by 1"
+        return [
+            (table, self._ask(rows.format(table, (only or {}).get(table, ""))))
+            for table in sorted(tables)
+        ]
 
     def rows(self):
-        return _rows(self._tables())
+        """Without the 100,000 that the server made itself from one statement of pgbench."""
+        return _rows(self._tables({"pgbench_accounts": "where abalance <> 0"}))
 
 
 class MariaDB(Database):

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
-from pycopy.errors import PycopyError
+from pycopy.errors import EXIT_INTERRUPTED, PycopyError
 from pycopy.lab.copying import Placement
 from pycopy.lab.topology import require_root
 
@@ -27,18 +27,16 @@ from .scene import Case, Row, measure
 #: After the load's end; a segment lost five times running is repeated within 6 s.
 LIMIT_S = 15.0
 
-EXIT_INTERRUPTED = 130
-
 _COLUMNS = (
     ("requests online", 15), ("at the target", 13), ("lost", 6), ("surplus", 7),
-    ("time to recover", 15), ("left open", 9), ("balanced", 8),
+    ("time to recover", 15), ("sessions left open", 18), ("ledger balanced", 15),
 )  # fmt: skip
 
 
 def _line(cells: Sequence[str]) -> str:
     case, replayer, *figures = cells
     widths = [width for _, width in _COLUMNS]
-    return f"{case:<48}{replayer:<17}" + "".join(
+    return f"{case:<52}{replayer:<17}" + "".join(
         f"  {figure:>{width}}" for figure, width in zip(figures, widths, strict=True)
     )
 
@@ -156,8 +154,10 @@ def main() -> int:
     except PycopyError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_status
-    # A run that is cut short, as by timeout(1), takes its lab down as after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # A run that is cut short, as by timeout(1), takes its lab down as after Ctrl-C; and a
+    # shell's background job, which is begun with SIGINT ignored, can be interrupted as well.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     rows: list[Row] = []
     status = 0
     print(machine.describe())
@@ -167,6 +167,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = EXIT_INTERRUPTED
+    except PycopyError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        status = error.exit_status
     finally:
         if given.json:
             _write(given.json, rows)

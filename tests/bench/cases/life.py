@@ -88,8 +88,8 @@ def _protocol(
     talk(scene.lab)
 
 
-def _case(name: str, drive: Callable[..., None], *arguments: Any, **options: Any) -> Case:
-    return Case(name, partial(drive, *arguments, **options))
+def _case(name: str, drive: Callable[..., None], **options: Any) -> Case:
+    return Case(name, partial(drive, **options))
 
 
 def cases() -> Iterator[Case]:
@@ -118,7 +118,7 @@ def cases() -> Iterator[Case]:
         _clients, clients=traffic.port_used_again, reset=True,
     )  # fmt: skip
     yield Case("replay started while connections are open", _joined)
-    yield _case("PostgreSQL (rows)", _database, 5432, PostgreSQL, traffic.postgresql)
-    yield _case("MariaDB (rows)", _database, 3306, MariaDB, traffic.mysql)
-    yield _case("Redis (keys)", _protocol, 6379, Redis, traffic.redis)
-    yield _case("HTTP/2, clear text", _protocol, 80, Nginx2, traffic.http2)
+    yield _case("PostgreSQL (rows)", _database, port=5432, kind=PostgreSQL, talk=traffic.postgresql)
+    yield _case("MariaDB (rows)", _database, port=3306, kind=MariaDB, talk=traffic.mysql)
+    yield _case("Redis (keys)", _protocol, port=6379, kind=Redis, talk=traffic.redis)
+    yield _case("HTTP/2, clear text", _protocol, port=80, kind=Nginx2, talk=traffic.http2)

@@ -181,28 +181,27 @@ def measure(
 ) -> Row:
     """Build a lab, run ``case`` with ``replayer``, take everything down.
 
-    Nothing but an interruption is raised: what goes wrong is a note in the row.
+    What goes wrong in the case is a note in the row. What is raised concerns the next case
+    as well: an interruption, or a lab that cannot be built or removed.
     """
     row = Row(case.name, replayer)
     notes: list[str] = []
-    try:
-        with Lab(lab_name, offloads=case.offloads) as lab:
-            scene = Scene(lab, replayer, options)
-            try:
-                with _noted(notes):
-                    case.drive(scene)
-                with _noted(notes):
-                    _settle(scene, row, limit_s)
-                notes.append(scene.running.ended())
-                with _noted(notes):
-                    scene.running.stop()
-            finally:
+    with Lab(lab_name, offloads=case.offloads) as lab:
+        scene = Scene(lab, replayer, options)
+        try:
+            with _noted(notes):
+                case.drive(scene)
+            with _noted(notes):
+                _settle(scene, row, limit_s)
+            notes.append(scene.running.ended())
+            with _noted(notes):
+                scene.running.stop()
+        finally:
+            with _noted(notes):
                 scene.close()
-            row.balanced = scene.running.balanced
-            row.sessions = _sessions(scene.running)
-            row.impaired = dict(_impaired(scene.impairments)) or None
-    except Exception as error:
-        notes.append(_said(error))
+        row.balanced = scene.running.balanced
+        row.sessions = _sessions(scene.running)
+        row.impaired = dict(_impaired(scene.impairments)) or None
     row.note = "; ".join(filter(None, notes))
     return row
 
@@ -212,17 +211,13 @@ def _noted(notes: list[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        notes.append(_said(error))
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:400]}"
+        notes.append(f"{type(error).__name__}: {str(error)[:400]}")
 
 
 def _impaired(impairments: Sequence[Impairment]) -> Mapping[str, int]:
     total: Counter[str] = Counter()
     for impairment in impairments:
-        total.update(impairment.final)
+        total.update(getattr(impairment, "final", {}))  # it has none when closing failed
     return {what: count for what, count in total.items() if count}
 
 
