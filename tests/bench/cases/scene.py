@@ -202,6 +202,8 @@ def measure(
         row.balanced = scene.running.balanced
         row.sessions = _sessions(scene.running)
         row.impaired = dict(_impaired(scene.impairments)) or None
+        if row.impaired and set(row.impaired) == {"matched"}:
+            notes.append("chance impaired nothing: so few segments, so low a rate")
     row.note = "; ".join(filter(None, notes))
     return row
 
