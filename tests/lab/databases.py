@@ -5,10 +5,12 @@ or a temporary one, nothing is synced to disk, no password is asked for.
 
 import contextlib
 import hashlib
+import re
 import shutil
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from pycopy.errors import HostUnfit
@@ -36,6 +38,10 @@ class Database(Server):
     """A server with contents; :meth:`contents` is equal where every statement arrived."""
 
     def contents(self):
+        raise NotImplementedError
+
+    def rows(self):
+        """The same as a multiset, so that it can be counted what is missing."""
         raise NotImplementedError
 
     def answered(self, argv, text="", timeout_s=30):
@@ -85,6 +91,11 @@ class Redis(Database):
         """Number of keys, and Redis' own digest of keys, values and types."""
         return self._ask("dbsize"), self._ask("debug", "digest")
 
+    def rows(self):
+        keys = sorted(self._ask("keys", "*").split())
+        values = self._ask("debug", "digest-value", *keys).split() if keys else []
+        return Counter(zip(keys, values, strict=True))
+
 
 class PostgreSQL(Database):
     """A cluster of its own, which runs as postgres, not root."""
@@ -122,9 +133,20 @@ class PostgreSQL(Database):
 
     def contents(self):
         """Every row of every table of ours, digested; pgbench's own time stamps left out."""
+        return {table: _digest(rows) for table, rows in self._tables()}
+
+    def _tables(self, only=None):
+        """Tables and their rows; ``only`` has a condition for some of them."""
         tables = self._ask("select tablename from pg_tables where schemaname = 'public'").split()
-        rows = "select (to_jsonb(r) - 'mtime')::text from {} r order by 1"
-        return {table: _digest(self._ask(rows.format(table))) for table in sorted(tables)}
+        rows = "select (to_jsonb(r) - 'mtime')::text from {} r {} order by 1"
+        return [
+            (table, self._ask(rows.format(table, (only or {}).get(table, ""))))
+            for table in sorted(tables)
+        ]
+
+    def rows(self):
+        """Without the 100,000 that the server made itself from one statement of pgbench."""
+        return _rows(self._tables({"pgbench_accounts": "where abalance <> 0"}))
 
 
 class MariaDB(Database):
@@ -152,11 +174,17 @@ class MariaDB(Database):
         return self._ask("select 1") == "1"
 
     def contents(self):
+        return {table: _digest(rows) for table, rows in self._tables()}
+
+    def _tables(self):
         tables = self._ask(
             "select table_name from information_schema.tables where table_schema = 'copied'"
         ).split()
         rows = "select * from copied.{} order by 1, 2"
-        return {table: _digest(self._ask(rows.format(table))) for table in sorted(tables)}
+        return [(table, self._ask(rows.format(table))) for table in sorted(tables)]
+
+    def rows(self):
+        return _rows(self._tables())
 
 
 class Nginx2(Nginx):
@@ -175,6 +203,16 @@ class Nginx2(Nginx):
             path.name: _digest(path.read_bytes().decode("latin-1"))
             for path in (self.dir / "root").glob("up*")
         }
+
+
+def streams(requests):
+    """What nginx logged, without the length of each: of HTTP/2 it counts what it had read when
+    it looked."""
+    return [re.sub(r" \d+", "", line, count=1) for line in requests]
+
+
+def _rows(tables):
+    return Counter((table, _digest(row)) for table, rows in tables for row in rows.splitlines())
 
 
 def _digest(text):

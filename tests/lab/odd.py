@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import socket
+import struct
 import sys
 import threading
 import time
@@ -16,8 +17,9 @@ from pathlib import Path
 from pycopy.lab.content import content
 from pycopy.lab.servers import Exact
 
-MODES = ("plain", "late", "closes", "greets", "half", "mute", "curt", "verbose")
+MODES = ("plain", "late", "closes", "resets", "greets", "half", "mute", "curt", "verbose")
 LATE_S = 3.0
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 GREETING = b"greetings\r\n"
 
 
@@ -32,8 +34,9 @@ class Odd(Exact):
 
 def serve(sock, mode, write):
     """``late``: reads nothing for 3 s. ``closes``: after every answer, unannounced.
-    ``greets``: speaks first. ``half``: closes its side after the first answer and reads on.
-    ``mute``: reads and never answers. ``curt``, ``verbose``: answers of other sizes."""
+    ``resets``: the same with a reset. ``greets``: speaks first. ``half``: closes its side after
+    the first answer and reads on. ``mute``: reads and never answers. ``curt``, ``verbose``:
+    answers of other sizes."""
     stream, requests, end = hashlib.sha256(), 0, "closed"
     size = 0
 
@@ -73,7 +76,9 @@ def serve(sock, mode, write):
             wanted = {"curt": 1, "verbose": wanted + 10_007}.get(mode, wanted)
             sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % wanted)
             sock.sendall(content(wanted))
-            if mode == "closes":
+            if mode == "resets":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            if mode in ("closes", "resets"):
                 break
             if mode == "half":
                 sock.shutdown(socket.SHUT_WR)

@@ -11,6 +11,7 @@ import pytest
 
 from pycopy.lab.content import http_request
 from pycopy.lab.copying import Placement
+from tests.lab import traffic
 from tests.lab.dial import Client
 from tests.lab.odd import LATE_S, Odd
 from tests.lab.runs import account, settle
@@ -143,16 +144,7 @@ def test_a_server_that_closes_its_side_and_reads_on(odd, lab, request, placement
 def test_a_client_that_resets(scenario, lab, request, placement):
     """Idle, in the middle of an upload, in the middle of an answer; then all goes on."""
     run = scenario(placement, 4, servers=((80, "http"),)).start()
-    for number in range(11):
-        idle, upload, answer = (Client(lab, 4, 80, index=index) for index in range(3))
-        for client in (idle, upload, answer):
-            client.ask(f"before{number}", 1009)
-        idle.reset()
-        upload.sock.sendall(http_request(f"cut{number}", 1, 100_003)[:50_021])
-        answer.sock.sendall(http_request(f"unread{number}", 10_000_019))
-        answer.sock.recv(1)
-        upload.reset()
-        answer.reset()
+    traffic.clients_reset(lab)
     run.load(101, 11, id="after")
     recovered_s = settle(run)
     # Which bytes a server got to see before a reset is chance on either side.
@@ -171,7 +163,7 @@ def test_a_client_that_resets(scenario, lab, request, placement):
 @everywhere
 def test_one_client_port_towards_two_copied_ports(scenario, lab, request, placement):
     run = scenario(placement, 4, servers=((80, "http"), (81, "http"))).start()
-    _two_at_a_time(lab)
+    traffic.two_at_a_time(lab)
     account(run, request, f"one client port, two services ({placement.value})", settle(run, 46))
 
 
@@ -186,36 +178,15 @@ def test_one_client_port_towards_two_ports_copied_to_one(scenario, lab, request,
         place = intercept.arguments.index("-F") + 1
         intercept.arguments[place] = "tcp and src port 8080"
     run.start()
-    _two_at_a_time(lab)
+    traffic.two_at_a_time(lab)
     account(run, request, f"one client port, one target port ({placement.value})", settle(run, 46))
-
-
-def _two_at_a_time(lab):
-    for number in range(23):
-        one = Client(lab, 4, 80)
-        other = Client(lab, 4, 81, source_port=one.port)
-        for round_ in range(3):
-            one.ask(f"one{number}.{round_}", 1009, 10_007)
-            other.ask(f"other{number}.{round_}", 10_007)
-        one.close()
-        other.close()
 
 
 @kept_and_own
 @pytest.mark.parametrize("ending", ["server closes", "client resets"])
 def test_a_client_port_used_again_at_once(scenario, lab, request, placement, ending):
     run = scenario(placement, 4, servers=((80, "http"),)).start()
-    port = 0
-    for number in range(53):
-        client = Client(lab, 4, 80, source_port=port)
-        port = client.port
-        client.ask(f"first{number}", 1009)
-        client.ask(f"second{number}", 1009, 10_007, close=ending == "server closes")
-        if ending == "server closes":
-            client.read_end()
-            client.close()
-        else:
-            client.reset()
+    traffic.port_used_again(lab, reset=ending == "client resets")
     # A server in TIME_WAIT may answer the new SYN for the old connection: reset, and again.
     account(
         run, request, f"port used again, {ending} ({placement.value})", settle(run, 53), resets=True
