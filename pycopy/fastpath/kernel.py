@@ -50,6 +50,8 @@ class KernelSessions:
         #: Keys towards the target of sessions that are over: swallowed for a while yet.
         self._leaving: list[bytes] = []
         self._gone: list[bytes] = []
+        #: Whether any session of the kernel's had something pending when time last passed.
+        self.pending = False
 
     def load(self, l2_bytes: int) -> None:
         """Compile the timer; from then on sessions may be opened."""
@@ -133,7 +135,9 @@ class KernelSessions:
             return None
         session = KernelSession(*abi.KERNEL_SESSION.unpack(state))
         self._fetched[session.target] = (slot, generation)
-        return session, self._logged(session, slot, generation)
+        logged = self._logged(session, slot, generation)
+        self._command(abi.HAVE, slot, generation, state)
+        return session, logged
 
     def _command(self, request: int, slot: int, generation: int, state: bytes) -> bytes | None:
         """What came back with the session, or None if it was not done."""
@@ -242,8 +246,9 @@ class KernelSessions:
                 program, _MATERIAL, repeat=STEPS, context=_MARK.pack(mark), room_bytes=1 << 14
             )
             mark = run.retval
-            if mark == abi.TIMER_DONE:
+            if mark & ~abi.TIMER_PENDING == abi.TIMER_DONE:
                 break
+        self.pending = bool(mark & abi.TIMER_PENDING)
         for record in self._attention.drain_raw(maps_module.ATTENTION_BYTES):
             fetched = self.fetch(*abi.ATTENTION.unpack_from(record))
             if fetched is not None:
@@ -268,7 +273,7 @@ class KernelSessions:
         return [sum(words[index :: abi.FAST_COUNTS]) for index in range(abi.FAST_COUNTS)]
 
     def now_active(self) -> int:
-        """Sessions that the kernel has now."""
+        """Open sessions that the kernel has now."""
         return active(self.counters())
 
     def close(self) -> None:
@@ -281,8 +286,8 @@ class KernelSessions:
 
 
 def active(counts: list[int]) -> int:
-    """Sessions that the kernel had when it counted ``counts``."""
+    """Open sessions that the kernel had when it counted ``counts``."""
     return (
         counts[FastCount.OPENED] + counts[FastCount.GIVEN]
-        - counts[FastCount.TAKEN] - counts[FastCount.EXPIRED]
+        - counts[FastCount.TAKEN] - counts[FastCount.CLOSED]
     )  # fmt: skip
