@@ -19,7 +19,8 @@
 /* Words of 64 sessions without anything pending that one step passes over. */
 #define PYCOPY_EMPTY_WORDS 64
 
-BPF_ARRAY(cursor, u32, 1);
+/* Where each of the two kinds of passes is. */
+BPF_ARRAY(cursors, u32, 2);
 
 static __always_inline void pycopy_call_attention(const struct pycopy_flow *flow)
 {
@@ -184,17 +185,19 @@ int pycopy_timer(struct __sk_buff *ctx)
 {
 	struct pycopy_fast_config *config = pycopy_config();
 	u64 *counts = pycopy_fast_counts();
-	u32 zero = 0, slot, *at = cursor.lookup(&zero), mark = ctx->mark & 0xff;
+	u32 slot, *at, mark = ctx->mark & 0xff;
 	u32 seen = ctx->mark & PYCOPY_TIMER_PENDING;
 	struct pycopy_work *work = pycopy_work_of_cpu();
+	u32 all = mark == PYCOPY_TIMER_BEGIN_ALL || mark == PYCOPY_TIMER_GO_ON_ALL;
 
+	at = cursors.lookup(&all);
 	if (!config || !counts || !work || !at || mark == PYCOPY_TIMER_DONE)
 		return PYCOPY_TIMER_DONE | seen;
 	if (mark == PYCOPY_TIMER_BEGIN || mark == PYCOPY_TIMER_BEGIN_ALL) {
 		*at = 0;
 		mark += PYCOPY_TIMER_GO_ON - PYCOPY_TIMER_BEGIN;
 	}
-	slot = pycopy_next_slot(at, mark == PYCOPY_TIMER_GO_ON_ALL);
+	slot = pycopy_next_slot(at, all);
 	if (*at >= PYCOPY_SLOTS)
 		mark = PYCOPY_TIMER_DONE;
 	if (slot < PYCOPY_SLOTS) {

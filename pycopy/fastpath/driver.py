@@ -101,10 +101,10 @@ class FastPath:
 
     def on_timer(self, now_ns: int) -> None:
         """Let time pass for the kernel's sessions, and take over what needs judgement."""
-        everything = now_ns >= self._sweep_at
-        if everything:
+        if now_ns >= self._sweep_at:
             self._sweep_at = now_ns + SWEEP_NS
-        self._table.adopt_all(self.kernel.on_timer(everything), now_ns)
+            self.kernel.sweep()
+        self._table.adopt_all(self.kernel.on_timer(), now_ns)
         self.deadline_ns = now_ns + (TICK_NS if self.kernel.pending else REST_NS)
 
     def after_turn(self) -> None:
