@@ -27,7 +27,7 @@ enum pycopy_kept {
 /* Held segments that one response releases at most; the timer goes on. */
 #define PYCOPY_RELEASES 4
 /* Ports tried for one connection. */
-#define PYCOPY_PORT_TRIES 4
+#define PYCOPY_PORT_TRIES 8
 
 static __always_inline int pycopy_is_ours(const struct pycopy_session *s,
 					  const struct pycopy_flow *flow)
@@ -235,6 +235,13 @@ static __always_inline int pycopy_is_repeated(struct pycopy_segment *segment)
 	return ended && (s32)(end - *ended) <= 0;
 }
 
+static __always_inline void pycopy_disclaim(struct pycopy_segment *segment)
+{
+	struct pycopy_flow flow = {PYCOPY_NO_SLOT, 0};
+
+	pycopy_update(PYCOPY_MAP_FLOWS, &segment->key, &flow, PYCOPY_NOEXIST);
+}
+
 /* The first half of session.on_client_segment(): is it for the kernel at all?  Zero:
  * `*found` is the session, and `flow` says which of its slot.
  */
@@ -253,6 +260,11 @@ static __always_inline int pycopy_find_client(PYCOPY_CTX *ctx, struct pycopy_pac
 	if (!flow) {
 		if (is_syn) {
 			*kept = pycopy_open(ctx, packet, segment, work, config, counts);
+			/* User space opens it, if anybody: until it says that it has done with
+			 * the connection, the next one from this port is not the kernel's either.
+			 */
+			if (*kept == PYCOPY_TO_USER && !config->closed)
+				pycopy_disclaim(segment);
 		} else if (pycopy_is_repeated(segment)) {
 			counts[PYCOPY_FAST_CLIENT]++;
 			counts[PYCOPY_FAST_DUPLICATE]++;

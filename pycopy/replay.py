@@ -291,9 +291,10 @@ class Replay:
             self._fastpath.on_timer(now_ns)
         self._send()
         if self._fastpath is not None and not self._draining and not self._pending():
-            self._fastpath.after_turn()
+            self._fastpath.after_turn(self._pending)
 
     def _pending(self) -> bool:
+        """Whether a record is unread."""
         return any(tap.ring.pending_bytes() for tap in (*self._captures, *self._answers.taps))
 
     def _send(self) -> None:

@@ -5,7 +5,7 @@ The driver calls :meth:`FastPath.on_timer` when ``deadline_ns`` is due and
 is counted in the kernel is added to the ledger here, so that it shows nowhere who did it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pycopy.abi import FastCount, Left
 from pycopy.config import ReplayConfig
@@ -68,6 +68,7 @@ class FastPath:
         self._config = config
         #: Sampling is user space's: the kernel opens nothing then.
         self._samples = config.sample_percent < 100 or config.ramp
+        self._closed = self._samples
         self._sweep_at = 0
         self._seen: list[int] = self.kernel.counters()
         self.deadline_ns = 0
@@ -78,7 +79,6 @@ class FastPath:
         """Everything is resolved, nothing attached yet."""
         self._table, self._ledger, self._hops, self._egress = table, ledger, hops, egress
         self.kernel.configure(rules)
-        self.set_closed(False)
         self.on_hop_change()
         self.kernel.load(14)
         table.kernel = self.kernel
@@ -88,7 +88,9 @@ class FastPath:
 
     def set_closed(self, closed: bool) -> None:
         """Whether sessions may be opened now."""
-        self.kernel.set_closed(closed or self._samples)
+        self._closed = closed or self._samples
+        if self._closed:
+            self.kernel.set_closed(True)
 
     def on_hop_change(self) -> None:
         """Tell the programs where frames to the targets go now."""
@@ -107,9 +109,12 @@ class FastPath:
         self._table.adopt_all(self.kernel.on_timer(), now_ns)
         self.deadline_ns = now_ns + (TICK_NS if self.kernel.pending else REST_NS)
 
-    def after_turn(self) -> None:
+    def after_turn(self, is_unread: Callable[[], bool]) -> None:
         """Nothing captured is unread, nothing is unsent."""
         self._table.give_back()
+        # Not earlier: a SYN that is unread must not be overtaken by the next one.
+        self.kernel.set_closed(self._closed)
+        self.kernel.forget_disowned(is_unread)
 
     def refresh(self) -> None:
         """Bring the ledger up to date."""

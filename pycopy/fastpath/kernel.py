@@ -7,7 +7,7 @@ only is changed from here. Nothing here knows the rules.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pycopy import abi, link, loader
 from pycopy.abi import FastCount, KernelSession, LogRecord
@@ -50,6 +50,8 @@ class KernelSessions:
         self._config = list(abi.FAST_CONFIG.unpack(bytes(abi.FAST_CONFIG.size)))
         #: Slots of sessions that user space has fetched, by the key towards the target.
         self._fetched: dict[bytes, tuple[int, int]] = {}
+        #: Connections online whose session is over, still entered as user space's own.
+        self._disowned: dict[bytes, None] = {}
         #: Keys towards the target of sessions that are over: swallowed for a while yet.
         self._leaving: list[bytes] = []
         self._gone: list[bytes] = []
@@ -217,11 +219,26 @@ class KernelSessions:
 
     def own_online(self, online_key: bytes) -> None:
         """The connection online has a session in user space."""
+        self._disowned.pop(online_key, None)
         self._by_name["flows"].update(online_key, abi.FLOW.pack(abi.NO_SLOT, 0))
 
     def disown_online(self, online_key: bytes) -> None:
-        """It has none any more."""
-        self._by_name["flows"].delete(online_key)
+        """It has none any more. Until :meth:`forget_disowned` the kernel leaves it alone."""
+        self._disowned[online_key] = None
+
+    def forget_disowned(self, is_unread: Callable[[], bool]) -> None:
+        """The kernel may open these connections anew. Call it when every record is read.
+
+        A connection that was recorded for user space must not be opened after the kernel has
+        opened the next one from the same port; ``is_unread`` says if one came meanwhile.
+        """
+        flows = self._by_name["flows"]
+        for online_key in list(self._disowned):
+            flows.delete(online_key)
+            if is_unread():
+                link.map_insert(flows.fd, online_key, abi.FLOW.pack(abi.NO_SLOT, 0))
+                return
+            del self._disowned[online_key]
 
     def release(self, target_key: bytes) -> None:
         """The connection to the target is over; its late segments are swallowed for a while."""

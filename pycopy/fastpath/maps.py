@@ -11,7 +11,7 @@ from pycopy import abi, link
 from pycopy.loader import Map
 
 #: What all logs of sent segments take together, and one at least.
-LOG_TOTAL_BYTES = 32 << 20
+LOG_TOTAL_BYTES = 16 << 20
 LOG_MIN_BYTES = 1 << 20
 
 #: Sessions that the kernel keeps at a time, those in TIME_WAIT among them.
@@ -45,6 +45,7 @@ class Maps:
         )
         key, flow, slots = abi.KEY.size, abi.FLOW.size, self.slots
         self._fds: dict[str, int] = {}
+        self._log: mmap.mmap | None = None
         try:
             make = self._make
             make("sessions", link.ARRAY, 4, abi.KERNEL_SESSION.size, slots, lock_first=True)
@@ -62,7 +63,6 @@ class Maps:
             make("attention", link.RINGBUF, 0, 0, ATTENTION_BYTES)
             make("ports", link.ARRAY, 4, 2, PORTS_MAX)
             make("next_port", link.ARRAY, 4, 8, services)
-            self.log = self._map_log()
         except BaseException:
             self.close()
             raise
@@ -76,10 +76,14 @@ class Maps:
             kind, f"pycopy_{name}", key_bytes, value_bytes, entries, flags, lock_first
         )
 
-    def _map_log(self) -> mmap.mmap:
-        page = mmap.PAGESIZE
-        total = -(-(self._stride() * self.cpus) // page) * page
-        return mmap.mmap(self._fds["log"], total, prot=mmap.PROT_READ)
+    @property
+    def log(self) -> mmap.mmap:
+        """All logs, mapped when first asked for: what is mapped counts as resident memory."""
+        if self._log is None:
+            page = mmap.PAGESIZE
+            total = -(-(self._stride() * self.cpus) // page) * page
+            self._log = mmap.mmap(self._fds["log"], total, prot=mmap.PROT_READ)
+        return self._log
 
     def _stride(self) -> int:
         return -(-self.log_value_bytes // 8) * 8
@@ -105,8 +109,9 @@ class Maps:
         }
 
     def close(self) -> None:
-        if hasattr(self, "log"):
-            self.log.close()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()

@@ -128,6 +128,7 @@ class SelfPorts:
         """``ports``: the reserved ones, none in use; ``source_for(target_addr)``: our address."""
         self._ports = ports
         self._source_for = source_for
+        #: From the middle on: the kernel, which opens sessions as well, begins with the first.
         self._next: dict[tuple[bytes, int], int] = {}
 
     def allocate(
@@ -136,7 +137,7 @@ class SelfPorts:
     ) -> bytes | None:  # fmt: skip
         source = self._source_for(target_addr)
         ports, target = self._ports, (target_addr, target_port)
-        position = self._next.get(target, 0)
+        position = self._next.get(target, len(ports) // 2)
         for _ in range(min(len(ports), TRIES)):
             key = KEY.pack(source, target_addr, ports[position], target_port)
             position = (position + 1) % len(ports)

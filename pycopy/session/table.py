@@ -206,6 +206,7 @@ class Table:
         refusal = self._admission.refuse_new(seg.key, now_ns) or self._limit()
         if refusal is not None:
             fates[refusal] += 1
+            self._disown(seg.key)
             return
         mss = max(seg.mss or NO_LIMIT, MIN_MSS)
         session = self._connect(
@@ -214,6 +215,7 @@ class Table:
         )  # fmt: skip
         if session is None:
             fates[Fate.REFUSED_NO_ADDRESS] += 1
+            self._disown(seg.key)
             return
         session.open(now_ns)
         if payload:
@@ -229,6 +231,7 @@ class Table:
         refusal = self._admission.refuse_midstream(seg, now_ns)
         if refusal is not None:
             fates[refusal] += 1
+            self._disown(seg.key)
             return
         online = Online((seg.seq - 1) & MASK)
         # Counting begins here, with room below for what is captured late.
@@ -243,6 +246,7 @@ class Table:
         if session is None:
             self._admission.watch(seg.key, seg.ack)
             fates[refusal or Fate.REFUSED_NO_ADDRESS] += 1
+            self._disown(seg.key)
             return
         session.target.need_base = JOINED_AT
         self.ledger.counts[Count.MID_STREAM] += 1
@@ -356,8 +360,12 @@ class Table:
         """The client's segments are no longer this session's."""
         if self.by_online.get(session.key) is session:
             del self.by_online[session.key]
-            if self.kernel is not None:
-                self.kernel.disown_online(session.key)
+            self._disown(session.key)
+
+    def _disown(self, key: bytes) -> None:
+        """The connection ``key`` has no session here: the kernel may open its next one."""
+        if self.kernel is not None:
+            self.kernel.disown_online(key)
 
     def linger(self, session: Session, until_ns: int) -> None:
         """Hand it the target's segments until then, and call ``expire``."""
