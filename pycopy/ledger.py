@@ -74,6 +74,8 @@ class Count(IntEnum):
     TIMEOUTS = auto()
     WINDOW_PROBES = auto()
     RELEASED_BY_QUIET = auto()  # the target's answer was shorter than the online one
+    REPEATED = auto()  # segments sent anew because the target closed without reading them
+    PATH_MTU = auto()  # times the path to the target turned out to take less
 
 
 #: Upper bounds of the hold-time histogram, in microseconds; the last bucket is unbounded.
@@ -133,16 +135,14 @@ class Ledger:
         ends = sum(kernel[CaptureCount.CAPTURED :])
         if seen != ends:
             wrong.append(f"the kernel selected {seen} segments, but their fates sum to {ends}")
-        intercept = self.kernel_intercept
+        intercept, responses = self.kernel_intercept, self.counts[Count.RESPONSES]
         if intercept is not None:
             matched, ends = intercept[0], sum(intercept[1:])
             if matched != ends:
                 wrong.append(f"the kernel matched {matched} responses, their fates sum to {ends}")
-            if intercept[InterceptCount.CAPTURED] != self.counts[Count.RESPONSES]:
-                wrong.append(
-                    f"the kernel captured {intercept[InterceptCount.CAPTURED]} responses, "
-                    f"{self.counts[Count.RESPONSES]} were read"
-                )
+            recorded = intercept[InterceptCount.CAPTURED] + intercept[InterceptCount.TOO_BIG]
+            if recorded != responses:
+                wrong.append(f"the kernel captured {recorded} responses, {responses} were read")
         return wrong
 
     def lost(self) -> int:
@@ -187,6 +187,8 @@ class Ledger:
                 "timeouts": counts[Count.TIMEOUTS],
                 "window_probes": counts[Count.WINDOW_PROBES],
                 "released_by_quiet": counts[Count.RELEASED_BY_QUIET],
+                "repeated": counts[Count.REPEATED],
+                "path_mtu": counts[Count.PATH_MTU],
                 **{f"error_{name}": number for name, number in self.send_errors.items()},
             },
             "held_us": self._hold_section(),

@@ -162,6 +162,13 @@ def _resend(session: "Session", now_ns: int) -> None:
             start, end = recovery.next_hole(target)
 
 
+def repeat(session: "Session", chunk: Chunk, now_ns: int) -> None:
+    """Send a chunk in flight again, all of it."""
+    chunk.resent = True
+    session.emit(chunk.flags & _PASSED_ON, chunk.pos, chunk.data, now_ns)
+    session.host.ledger.counts[Count.RETRANSMITTED] += 1
+
+
 def take_back(target: Target) -> list[Chunk]:
     """Return what a new connection should carry after the target reset this one.
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from pycopy.abi import ACK, FIN, RST, SYN, Segment
 from pycopy.ledger import Fate, Ledger, ResponseFate
 from pycopy.seq import MASK
-from pycopy.session import arrival, departure, stream
+from pycopy.session import arrival, departure, pathmtu, stream
 from pycopy.session.rules import MS, Rules
 from pycopy.session.states import TRANSITIONS, Event, Outcome, State
 from pycopy.session.stream import Offer
@@ -143,6 +143,17 @@ class Session:
             fate = arrival.in_synchronized(self, seg, now_ns)
         self._turn(now_ns)
         return fate
+
+    def on_too_big(self, seg: Segment, now_ns: int) -> ResponseFate:
+        """Take in what a router says of a segment of ours (``KIND_TOO_BIG``)."""
+        fate = pathmtu.on_too_big(self, seg, now_ns)
+        self._turn(now_ns)
+        return fate
+
+    def lower_mtu(self, mtu: int, now_ns: int) -> None:
+        """This host itself cannot send larger packets than ``mtu`` on this way."""
+        pathmtu.lower(self, mtu, now_ns)
+        self._turn(now_ns)
 
     def on_timer(self, now_ns: int) -> None:
         """Do what is due; call it at ``deadline_ns`` or later."""

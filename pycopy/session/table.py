@@ -13,6 +13,7 @@ from pycopy.abi import (
     ACK,
     FIN,
     KEY,
+    KIND_TOO_BIG,
     OPT_MSS,
     OPT_SACK_PERM,
     OPT_TIMESTAMPS,
@@ -117,6 +118,8 @@ class Table:
         session = self.by_target.get(seg.key)
         if session is None:
             ledger.responses[ResponseFate.UNKNOWN] += 1
+        elif seg.kind == KIND_TOO_BIG:
+            ledger.responses[session.on_too_big(seg, now_ns)] += 1
         else:
             ledger.responses[session.on_target_segment(seg, now_ns)] += 1
 
