@@ -220,6 +220,8 @@ def _on_payload(session: "Session", seg: Segment, pos: int, now_ns: int) -> Resp
         early = target.early is not early_before
         return ResponseFate.EARLY if early else ResponseFate.DUPLICATE
     session.progress_ns = now_ns
+    if target.snd_una < target.asked:
+        target.said_before = target.rcv_nxt
     if release.target_is_over(target):
         session.move(Event.FIN_RECEIVED)
         if session.state is State.TIME_WAIT:

@@ -54,17 +54,24 @@ def _released(session: "Session", chunk: Chunk, now_ns: int) -> bool:
     target, rules = session.target, session.host.rules
     if not rules.wait_for_response:
         return True
+    online, since_ns = session.online, session.progress_ns
     counted = release.may_release(target, chunk)
-    if counted and not release.closes_ahead(target, chunk):
+    if not counted:
+        quiet_at = release.quiet_deadline_ns(target, rules, since_ns)
+    elif release.closes_ahead(target, chunk):
+        quiet_at = release.close_deadline_ns(target, rules, since_ns)
+    elif not online.overlapping and release.asks_ahead(target, chunk):
+        quiet_at = since_ns + rules.quiet_max_ns
+    else:
         return True
-    deadline_ns = release.close_deadline_ns if counted else release.quiet_deadline_ns
-    quiet_at = deadline_ns(target, rules, session.progress_ns)
     if quiet_at > now_ns:
         session.quiet_at = quiet_at
         return False
     if not counted:
         release.forgive(target, chunk)
         session.host.ledger.counts[Count.RELEASED_BY_QUIET] += 1
+    elif chunk.data:
+        online.overlapping = True  # waiting has taught nothing: not again on this connection
     return True
 
 
@@ -110,7 +117,8 @@ def _send_first(session: "Session", chunk: Chunk, now_ns: int) -> bool:
         del online.queue[0]
     online.held_bytes -= len(chunk.data)
     if chunk.boundary:
-        target.answered = target.rcv_nxt
+        target.answered = target.said_before = target.rcv_nxt
+        target.asked = chunk.end
     if chunk.records:
         ledger = session.host.ledger
         ledger.fates[Fate.HELD] -= 1

@@ -119,6 +119,8 @@ class Session:
         if flags & ACK:
             if online.irs is None:
                 online.irs = (seg.ack - 1) & MASK
+                if not payload:
+                    online.rtt_ns = seg.time_ns - online.asked_ns
             acked = unwrap(acked, online.irs, seg.ack)
             if acked > online.rcv_nxt:
                 online.rcv_nxt = acked

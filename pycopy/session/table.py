@@ -140,8 +140,10 @@ class Table:
             fates[refusal] += 1
             return
         mss = max(seg.mss or NO_LIMIT, MIN_MSS)
+        online = Online(seg.seq)
+        online.asked_ns = seg.time_ns
         session = self._connect(
-            seg.key, seg.service, Online(seg.seq), 1, mss,
+            seg.key, seg.service, online, 1, mss,
             min(seg.wscale, MAX_WSCALE), seg.options, now_ns, self._is_free,
         )  # fmt: skip
         if session is None:
