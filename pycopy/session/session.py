@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from pycopy.abi import ACK, FIN, RST, SYN, Segment
-from pycopy.ledger import Fate, Ledger, ResponseFate
+from pycopy.ledger import Count, Fate, Ledger, ResponseFate
 from pycopy.seq import MASK
 from pycopy.session import arrival, departure, pathmtu, stream
 from pycopy.session.rules import MS, Rules
@@ -281,8 +281,8 @@ class Session:
 
     # -- losing the connection ------------------------------------------------------------
 
-    def lose(self, why: Outcome, now_ns: int) -> None:
-        """The target reset, refused or does not answer."""
+    def lose(self, why: Outcome, now_ns: int, read: int = 0) -> None:
+        """The target reset, refused or does not answer; it has read what is before ``read``."""
         if self.state is not State.SYN_SENT and why is Outcome.TARGET_SILENT:
             self.emit(RST, self.target.snd_nxt, b"", now_ns)
         self.move(Event.RESET)
@@ -290,7 +290,8 @@ class Session:
         self.rto_at = self.ack_at = self.quiet_at = NEVER
         online, target = self.online, self.target
         if why is Outcome.TARGET_RESET:
-            again = departure.take_back(target)
+            again = departure.take_back(target, read)
+            self.host.ledger.counts[Count.REPEATED] += len(again)
             online.held_bytes += sum(len(chunk.data) for chunk in again)
             online.queue[:0] = again
             target.flight = []
