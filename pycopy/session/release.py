@@ -30,8 +30,10 @@ case; and where both servers answer alike it holds in the very turn in which the
 is complete. (The original waits 1.5 to 2 round trips after the last response segment.)
 """
 
+from pycopy.seq import MASK
 from pycopy.session.rules import Rules
-from pycopy.session.views import NEVER, NO_POSITION, Chunk, Target
+from pycopy.session.stream import HORIZON_BYTES
+from pycopy.session.views import NEVER, NO_POSITION, Chunk, Online, Target
 
 
 def may_release(target: Target, chunk: Chunk) -> bool:
@@ -77,3 +79,21 @@ def closes_ahead(target: Target, chunk: Chunk) -> bool:
 def close_deadline_ns(target: Target, rules: Rules, since_ns: int) -> int:
     """When such a close leaves: after a quiet while, and soon even without an answer."""
     return min(quiet_deadline_ns(target, rules, since_ns), since_ns + rules.quiet_max_ns)
+
+
+def count_from(online: Online, target: Target, acked: int) -> int:
+    """The first ACK captured was not the first one sent, so the ISN of the online server is
+    lower than it seemed, and every count of response bytes higher. Return ``acked`` anew.
+    """
+    shift = 1 - acked
+    if shift > HORIZON_BYTES or online.irs is None:
+        return acked
+    online.irs = (online.irs - shift) & MASK
+    online.rcv_nxt += shift
+    if online.queue_need >= 0:
+        online.queue_need += shift
+    for chunk in (*online.queue, *online.early):
+        chunk.need += shift
+    if target.need_base:
+        target.need_base += shift
+    return 1

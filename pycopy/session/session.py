@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from pycopy.abi import ACK, FIN, RST, SYN, Segment
 from pycopy.ledger import Count, Fate, Ledger, ResponseFate
 from pycopy.seq import MASK
-from pycopy.session import arrival, departure, pathmtu, stream
+from pycopy.session import arrival, departure, pathmtu, release, stream
 from pycopy.session.rules import MS, Rules
 from pycopy.session.states import TRANSITIONS, Event, Outcome, State
 from pycopy.session.stream import Offer
@@ -125,7 +125,7 @@ class Session:
             if acked > online.rcv_nxt:
                 online.rcv_nxt = acked
             elif acked < 1 and not flags & RST:
-                acked = self._count_from(acked)
+                acked = release.count_from(online, self.target, acked)
         if payload or flags & (FIN | RST):
             # Its own ack: a later segment with a higher one may have been captured first.
             pos = unwrap(online.snd_nxt, online.iss, seg.seq)
@@ -217,23 +217,6 @@ class Session:
         held = len(online.queue) + len(online.early)
         if held > rules.queue_segments or online.held_bytes > bytes_allowed:
             self.end(Outcome.QUEUE_FULL, Fate.DROPPED_QUEUE_FULL, now_ns)
-
-    def _count_from(self, acked: int) -> int:
-        """The first ACK captured was not the first one sent, so the ISN of the online server is
-        lower than it seemed, and every count of response bytes higher. Return ``acked`` anew.
-        """
-        online, shift = self.online, 1 - acked
-        if shift > stream.HORIZON_BYTES or online.irs is None:
-            return acked
-        online.irs = (online.irs - shift) & MASK
-        online.rcv_nxt += shift
-        if online.queue_need >= 0:
-            online.queue_need += shift
-        for chunk in (*online.queue, *online.early):
-            chunk.need += shift
-        if self.target.need_base:
-            self.target.need_base += shift
-        return 1
 
     def ripen(self) -> None:
         """Move what is no longer early to the queue."""
