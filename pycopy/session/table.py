@@ -255,7 +255,7 @@ class Table:
     def reopen(self, session: Session, online: Online, now_ns: int) -> None:
         """Send ``online``, what is left of the client's stream, over a new connection."""
         if not online.queue and not online.early:
-            self._watch(session.key, online)
+            self._leave(session, online)
             return
         old, refusal, successor = session.target, self._limit(), None
         start = online.queue[0].pos if online.queue else online.snd_nxt
@@ -267,7 +267,7 @@ class Table:
             )  # fmt: skip
         if successor is None:
             drop((*online.queue, *online.early), refusal or Fate.REFUSED_NO_ADDRESS, self.ledger)
-            self._watch(session.key, online)
+            self._leave(session, online)
             return
         self.ledger.counts[Count.REOPENED] += 1
         successor.ripen()
@@ -275,6 +275,12 @@ class Table:
         if online.early:
             successor.gap_at = now_ns + self.rules.gap_ns
         successor.open(now_ns)
+
+    def _leave(self, session: Session, online: Online) -> None:
+        """Nobody takes ``online`` over. What was captured of it so far is not joined anew."""
+        end = max(session.online.snd_nxt, online.snd_nxt, *(each.end for each in online.early))
+        self._admission.ended(session.key, (online.iss + end) & MASK)
+        self._watch(session.key, online)
 
     def _watch(self, key: bytes, online: Online) -> None:
         """The client goes on; join it again when its next request begins."""
