@@ -46,9 +46,11 @@
 
 /* IPv6 next-header values (RFC 8200 4). */
 #define PYCOPY_IP_HOP_BY_HOP  0
+#define PYCOPY_IP_ICMP	      1
 #define PYCOPY_IP_TCP	      6
 #define PYCOPY_IP_ROUTING     43
 #define PYCOPY_IP_FRAGMENT    44
+#define PYCOPY_IP_ICMPV6      58
 #define PYCOPY_IP_DESTINATION 60
 #define PYCOPY_IP_EXTENSIONS  8 /* more of them than that is nobody's TCP */
 
@@ -141,6 +143,7 @@ struct pycopy_packet {
 	__u32 end;    /* offset at which the IP header says the datagram ends */
 	__u32 tcp_at; /* offset of the TCP header */
 	__u32 payload_at;
+	__u32 icmp_at; /* offset of an ICMP or ICMPv6 header where TCP could be, or 0 */
 	__be32 src[4]; /* IPv4-mapped for IPv4 */
 	__be32 dst[4];
 	struct pycopy_tcp tcp;
@@ -176,8 +179,12 @@ static __always_inline int pycopy_parse_ipv4(PYCOPY_CTX *ctx, u32 at, struct pyc
 	header_bytes = (ip.version_ihl & 15) * 4;
 	if (ip.version_ihl >> 4 != 4 || header_bytes < sizeof(ip))
 		return PYCOPY_MALFORMED;
-	if (ip.protocol != PYCOPY_IP_TCP)
+	if (ip.protocol != PYCOPY_IP_TCP) {
+		if (ip.protocol == PYCOPY_IP_ICMP && !(ip.fragment & htons(0x3fff)))
+			packet->icmp_at = at + header_bytes;
+		packet->family = 4;
 		return PYCOPY_NOT_TCP;
+	}
 	total_bytes = ntohs(ip.total_bytes);
 	if (!total_bytes) {
 		total_bytes = packet->frame_bytes - at;
@@ -221,6 +228,8 @@ static __always_inline int pycopy_parse_ipv6(PYCOPY_CTX *ctx, u32 at, struct pyc
 	__builtin_memcpy(packet->src, ip.src, sizeof(ip.src));
 	__builtin_memcpy(packet->dst, ip.dst, sizeof(ip.dst));
 	next = ip.next;
+	if (next == PYCOPY_IP_ICMPV6)
+		packet->icmp_at = at;
 
 #pragma clang loop unroll(disable)
 	for (u64 i = 0; i < PYCOPY_IP_EXTENSIONS; i++) {

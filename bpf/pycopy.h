@@ -12,12 +12,17 @@
 #ifndef PYCOPY_H
 #define PYCOPY_H
 
-#define PYCOPY_ABI_VERSION 1
+#define PYCOPY_ABI_VERSION 2
 
 /* Whose segment a record describes. */
 enum pycopy_kind {
 	PYCOPY_CLIENT = 1, /* client to online server, payload follows */
 	PYCOPY_TARGET = 2, /* target to copied client, header only */
+	/* A router to a copied client: what it sent the target is larger than the path
+	 * takes.  Only key, family, seq (of the segment that was too large), mss (the next
+	 * hop's MTU, at most 65535) and time_ns say something.
+	 */
+	PYCOPY_TOO_BIG = 3,
 };
 
 /* Bits of pycopy_segment.options: which TCP options were present. */
@@ -56,7 +61,7 @@ struct pycopy_segment {
 	__u32 tsecr;
 	__u32 seg_len;		/* payload bytes this record stands for */
 	__u32 payload_bytes;	/* payload bytes that follow in the record */
-	__u16 mss;		/* MSS option of a SYN, 0 if absent */
+	__u16 mss;		/* MSS option of a SYN, 0 if absent; PYCOPY_TOO_BIG: an MTU */
 	__u8 family;		/* 4 or 6 */
 	__u8 sack_blocks;	/* valid blocks in sack[], 0..4 */
 	struct pycopy_key key;
@@ -84,16 +89,17 @@ enum pycopy_capture_count {
 };
 
 /* Per-CPU counters of intercept.c (map "counts").
- * MATCHED = CAPTURED + PASSED + FRAGMENT + TRUNCATED + MALFORMED + RING_FULL + KEPT.
+ * MATCHED = CAPTURED + PASSED + FRAGMENT + TRUNCATED + MALFORMED + RING_FULL + TOO_BIG + KEPT.
  */
 enum pycopy_intercept_count {
-	PYCOPY_INT_MATCHED = 0,	  /* TCP segments that the filter selects */
+	PYCOPY_INT_MATCHED = 0,	  /* TCP segments that the filter selects, and TOO_BIG */
 	PYCOPY_INT_CAPTURED,	  /* records put into the ring, then swallowed */
 	PYCOPY_INT_PASSED,	  /* not a replay's: left alone */
 	PYCOPY_INT_FRAGMENT,	  /* fragments: swallowed if a replay's by address, never recorded */
 	PYCOPY_INT_TRUNCATED,
 	PYCOPY_INT_MALFORMED,
-	PYCOPY_INT_RING_FULL,	  /* swallowed, but its record was lost */
+	PYCOPY_INT_RING_FULL,	  /* treated as ever, but its record was lost */
+	PYCOPY_INT_TOO_BIG,	  /* ICMP about a copy: recorded, and let through */
 	PYCOPY_INT_KEPT,	  /* taken by a session of the kernel's own (PYCOPY_FAST_RESPONSES) */
 	PYCOPY_INT_COUNTS
 };

@@ -8,10 +8,11 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 KIND_CLIENT = 1
 KIND_TARGET = 2
+KIND_TOO_BIG = 3
 
 OPT_MSS = 0x01
 OPT_WSCALE = 0x02
@@ -38,7 +39,8 @@ class Segment(NamedTuple):
     ``seq`` and ``ack`` are in the sequence space of whoever sent it: the client and the
     online server for ``KIND_CLIENT``, the target and us for ``KIND_TARGET``. ``key`` and
     ``sack`` are raw bytes (:data:`KEY`; little-endian edge pairs, ``sack_blocks`` valid).
-    ``seg_len`` is payload bytes; the payload itself travels beside the tuple.
+    ``seg_len`` is payload bytes; the payload itself travels beside the tuple. In a
+    ``KIND_TOO_BIG`` ``seq`` is ours and ``mss`` the MTU of the path's next hop.
     """
 
     time_ns: int
@@ -86,7 +88,8 @@ class InterceptCount(IntEnum):
     TRUNCATED = 4
     MALFORMED = 5
     RING_FULL = 6
-    KEPT = 7
+    TOO_BIG = 7
+    KEPT = 8
 
 
 PASS = 0

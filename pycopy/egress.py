@@ -1,10 +1,12 @@
 """From the session engine's outbox to the wire: next hop, headers, AF_PACKET.
 
 A frame that cannot be sent is counted by the reason and forgotten: to the session it is a
-lost segment, and TCP knows what to do about those.
+lost segment, and TCP knows what to do about those. One that is too big for the device it
+would only repeat: that session is told the new size.
 """
 
 import errno
+import time
 
 from pycopy import wire
 from pycopy.abi import FIN, KEY, RST, SYN
@@ -28,6 +30,7 @@ class Egress:
         self._sender = Sender()
         self._header = bytearray(wire.HEADER_BYTES_MAX)
         self._view = memoryview(self._header)
+        self._too_big: list[Session] = []
 
     def prepare(self, hop: Hop) -> None:
         """Open the socket for ``hop`` now, so that an unfit host shows at start-up."""
@@ -55,6 +58,8 @@ class Egress:
             if error:
                 name = errno.errorcode.get(error, str(error))
                 errors[name] = errors.get(name, 0) + 1
+                if error == errno.EMSGSIZE:
+                    self._too_big.append(session)
                 continue
             counts[Count.SENT_SEGMENTS] += 1
             if data:
@@ -64,6 +69,19 @@ class Egress:
             if flags & (FIN | SYN | RST):
                 self._count_flags(flags)
         outbox.clear()
+        if self._too_big:
+            self._cut_smaller(outbox)
+
+    def _cut_smaller(self, outbox: list[Emission]) -> None:
+        """A device's MTU was lowered and we have not heard of it yet: look, and send again."""
+        sessions, self._too_big = dict.fromkeys(self._too_big), []
+        now_ns = time.monotonic_ns()
+        self._hops.tick(now_ns)
+        for session in sessions:
+            if session.hop is not None:
+                session.lower_mtu(session.hop.mtu, now_ns)
+        if outbox:  # less each time, or it stays empty
+            self.flush(outbox)
 
     def _count_flags(self, flags: int) -> None:
         counts = self._ledger.counts

@@ -281,7 +281,8 @@ class Intercept:
     def balance(self) -> list[str]:
         """What does not add up, in words; only at rest, because the kernel counts on."""
         matched, *ends = kernel = self._kernel_counts()
-        captured, fates = kernel[InterceptCount.CAPTURED], self._server.fates
+        captured = kernel[InterceptCount.CAPTURED] + kernel[InterceptCount.TOO_BIG]
+        fates = self._server.fates
         wrong = []
         if matched != sum(ends):
             wrong.append(f"the kernel matched {matched} responses, their fates sum to {sum(ends)}")

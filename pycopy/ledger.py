@@ -74,6 +74,8 @@ class Count(IntEnum):
     TIMEOUTS = auto()
     WINDOW_PROBES = auto()
     RELEASED_BY_QUIET = auto()  # the target's answer was shorter than the online one
+    REPEATED = auto()  # segments sent anew because the target closed without reading them
+    PATH_MTU = auto()  # times the path to the target turned out to take less
 
 
 #: Upper bounds of the hold-time histogram, in microseconds; the last bucket is unbounded.
@@ -136,17 +138,17 @@ class Ledger:
         ends = sum(kernel[CaptureCount.CAPTURED :])
         if seen != ends:
             wrong.append(f"the kernel selected {seen} segments, but their fates sum to {ends}")
-        intercept = self.kernel_intercept
+        intercept, responses = self.kernel_intercept, self.counts[Count.RESPONSES]
         if intercept is not None:
             matched, ends = intercept[0], sum(intercept[1:])
             if matched != ends:
                 wrong.append(f"the kernel matched {matched} responses, their fates sum to {ends}")
-            into_ring = intercept[InterceptCount.CAPTURED] + intercept[InterceptCount.KEPT]
-            if into_ring != self.counts[Count.RESPONSES]:
-                wrong.append(
-                    f"the kernel captured {into_ring} responses, "
-                    f"{self.counts[Count.RESPONSES]} were read"
-                )
+            recorded = sum(
+                intercept[count]
+                for count in (InterceptCount.CAPTURED, InterceptCount.TOO_BIG, InterceptCount.KEPT)
+            )
+            if recorded != responses:
+                wrong.append(f"the kernel captured {recorded} responses, {responses} were read")
         return wrong
 
     def lost(self) -> int:
@@ -191,6 +193,8 @@ class Ledger:
                 "timeouts": counts[Count.TIMEOUTS],
                 "window_probes": counts[Count.WINDOW_PROBES],
                 "released_by_quiet": counts[Count.RELEASED_BY_QUIET],
+                "repeated": counts[Count.REPEATED],
+                "path_mtu": counts[Count.PATH_MTU],
                 **{f"error_{name}": number for name, number in self.send_errors.items()},
             },
             "held_us": self._hold_section(),

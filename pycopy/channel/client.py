@@ -15,7 +15,7 @@ from enum import Enum, IntEnum
 from functools import partial
 from typing import Any
 
-from pycopy.abi import ABI_VERSION, KIND_TARGET, SEGMENT, Segment
+from pycopy.abi import ABI_VERSION, KIND_TARGET, KIND_TOO_BIG, SEGMENT, Segment
 from pycopy.channel import codec
 from pycopy.channel.codec import (
     MAX_KEYS,
@@ -45,6 +45,7 @@ _MAX_UNSENT_BYTES = 8 * 1024 * 1024
 _new_segment = partial(tuple.__new__, Segment)
 #: As many as ``Segment.sack`` has room for; who reads them relies on it.
 _MAX_SACK_BLOCKS = 4
+_KINDS = frozenset((KIND_TARGET, KIND_TOO_BIG))
 
 
 class State(Enum):
@@ -211,7 +212,7 @@ class InterceptClient:
         if isinstance(frame, Progress):
             records: list[Segment] = list(map(_new_segment, SEGMENT.iter_unpack(frame.records)))
             for segment in records:
-                if segment.kind != KIND_TARGET or segment.sack_blocks > _MAX_SACK_BLOCKS:
+                if segment.kind not in _KINDS or segment.sack_blocks > _MAX_SACK_BLOCKS:
                     raise ProtocolError("a record that is not a target's response")
             self.counts[Count.RECORDS] += len(records)
             self._received += len(records)

@@ -87,7 +87,7 @@ def in_synchronized(session: "Session", seg: Segment, now_ns: int) -> ResponseFa
     target, flags = session.target, seg.tcp_flags
     pos = unwrap(target.rcv_nxt, target.irs, seg.seq)
     if flags & RST:
-        return _on_reset(session, pos, now_ns)
+        return _on_reset(session, seg, pos, now_ns)
     if flags & SYN:
         session.ack_at = now_ns  # our ACK of the handshake was lost, or RFC 5961 4
         return ResponseFate.DUPLICATE
@@ -105,9 +105,13 @@ def in_synchronized(session: "Session", seg: Segment, now_ns: int) -> ResponseFa
     return ResponseFate.STEERED
 
 
-def _on_reset(session: "Session", pos: int, now_ns: int) -> ResponseFate:
+def _on_reset(session: "Session", seg: Segment, pos: int, now_ns: int) -> ResponseFate:
     """RFC 5961 3.2 wants exactly ``rcv_nxt``. Records may be missing here, so any later
-    position will do; older ones answer a segment that is long past."""
+    position will do; older ones answer a segment that is long past.
+
+    More than a FIN is missing: the target has answered what we believe unread. A reset that
+    it sends of its own accord says how far it has read.
+    """
     target = session.target
     if pos < target.rcv_acked:
         return ResponseFate.UNACCEPTABLE
@@ -116,7 +120,10 @@ def _on_reset(session: "Session", pos: int, now_ns: int) -> ResponseFate:
         session.move(Event.RESET)
         session.closed(now_ns)
     else:
-        session.lose(Outcome.TARGET_RESET, now_ns)
+        read = 0
+        if seg.tcp_flags & ACK and pos > target.rcv_nxt + 1:
+            read = unwrap(target.snd_una, target.iss, seg.ack)
+        session.lose(Outcome.TARGET_RESET, now_ns, read)
     return ResponseFate.STEERED
 
 
@@ -220,6 +227,8 @@ def _on_payload(session: "Session", seg: Segment, pos: int, now_ns: int) -> Resp
         early = target.early is not early_before
         return ResponseFate.EARLY if early else ResponseFate.DUPLICATE
     session.progress_ns = now_ns
+    if target.snd_una < target.asked:
+        target.said_before = target.rcv_nxt
     if release.target_is_over(target):
         session.move(Event.FIN_RECEIVED)
         if session.state is State.TIME_WAIT:

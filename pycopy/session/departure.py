@@ -54,17 +54,24 @@ def _released(session: "Session", chunk: Chunk, now_ns: int) -> bool:
     target, rules = session.target, session.host.rules
     if not rules.wait_for_response:
         return True
+    online, since_ns = session.online, session.progress_ns
     counted = release.may_release(target, chunk)
-    if counted and not release.closes_ahead(target, chunk):
+    if not counted:
+        quiet_at = release.quiet_deadline_ns(target, rules, since_ns)
+    elif release.closes_ahead(target, chunk):
+        quiet_at = release.close_deadline_ns(target, rules, since_ns)
+    elif not online.overlapping and release.asks_ahead(target, chunk):
+        quiet_at = since_ns + rules.quiet_max_ns
+    else:
         return True
-    deadline_ns = release.close_deadline_ns if counted else release.quiet_deadline_ns
-    quiet_at = deadline_ns(target, rules, session.progress_ns)
     if quiet_at > now_ns:
         session.quiet_at = quiet_at
         return False
     if not counted:
         release.forgive(target, chunk)
         session.host.ledger.counts[Count.RELEASED_BY_QUIET] += 1
+    elif chunk.data:
+        online.overlapping = True  # waiting has taught nothing: not again on this connection
     return True
 
 
@@ -110,7 +117,8 @@ def _send_first(session: "Session", chunk: Chunk, now_ns: int) -> bool:
         del online.queue[0]
     online.held_bytes -= len(chunk.data)
     if chunk.boundary:
-        target.answered = target.rcv_nxt
+        target.answered = target.said_before = target.rcv_nxt
+        target.asked = chunk.end
     if chunk.records:
         ledger = session.host.ledger
         ledger.fates[Fate.HELD] -= 1
@@ -162,17 +170,28 @@ def _resend(session: "Session", now_ns: int) -> None:
             start, end = recovery.next_hole(target)
 
 
-def take_back(target: Target) -> list[Chunk]:
+def repeat(session: "Session", chunk: Chunk, now_ns: int) -> None:
+    """Send a chunk in flight again, all of it."""
+    chunk.resent = True
+    session.emit(chunk.flags & _PASSED_ON, chunk.pos, chunk.data, now_ns)
+    session.host.ledger.counts[Count.RETRANSMITTED] += 1
+
+
+def take_back(target: Target, read: int) -> list[Chunk]:
     """Return what a new connection should carry after the target reset this one.
+
+    ``read``: the target is known to have read what is before that position.
 
     A server may close a connection that has served before, just as the next request is on
     its way; that request was neither read nor acknowledged, and clients repeat it (RFC
     9112 9.3.1). The first request of a connection is not repeated: a server that resets
-    that means it.
+    that means it. Where acknowledgement, answer and FIN were all lost on their way to us,
+    and the target has forgotten the connection before they are repeated, nothing tells
+    that it was read; such a request is sent twice (``Count.REPEATED`` bounds how many).
     """
     if target.answered > 1:
         for index, chunk in enumerate(target.flight):
-            if chunk.boundary and chunk.data:
+            if chunk.boundary and chunk.data and chunk.pos >= read:
                 again = target.flight[index:]
                 for each in again:
                     each.records = 0

@@ -7,8 +7,18 @@ it. It is released
 2. when the target's stream is over (its FIN is here): no more will come; or
 3. when the target's answer is shorter: everything sent is acknowledged, the target has
    answered the request before, and has been quiet for a while. The difference is then
-   forgiven for good (``need_base``), so that the next answer is compared on its own; or
+   forgiven for good (``need_base``), so that the next answer is compared on its own. A
+   target that was asked nothing yet and says nothing, where online there was a greeting,
+   is given longer (``Rules.greeting_ns``), since it may only be slow; or
 4. at once, with -W.
+
+A target whose answers are all *longer* is soon so far ahead of the count that rule 1 says
+nothing any more. So the next request also waits until the target has begun to answer the
+one before. What arrives while the target has not even acknowledged that one belongs to
+earlier answers. Not all clients wait for answers: a pipeline or parallel streams must not
+be brought into step. A client whose requests follow each other faster than its round trip
+is such a one, and so is every client of whom a second of waiting (``quiet_max_ns``) shows
+that nothing was owed, as after an HTTP/2 window update.
 
 A close without data (FIN, RST) is in no hurry, and one that comes early cuts off what the
 target still has to say. Where the target has said *more* than the client had received, the
@@ -20,8 +30,10 @@ case; and where both servers answer alike it holds in the very turn in which the
 is complete. (The original waits 1.5 to 2 round trips after the last response segment.)
 """
 
+from pycopy.seq import MASK
 from pycopy.session.rules import Rules
-from pycopy.session.views import NEVER, NO_POSITION, Chunk, Target
+from pycopy.session.stream import HORIZON_BYTES
+from pycopy.session.views import NEVER, NO_POSITION, Chunk, Online, Target
 
 
 def may_release(target: Target, chunk: Chunk) -> bool:
@@ -38,6 +50,8 @@ def quiet_deadline_ns(target: Target, rules: Rules, since_ns: int) -> int:
     """Rule 3: when a silence that began ``since_ns`` has lasted long enough, or NEVER."""
     if target.snd_una != target.snd_nxt or target.rcv_nxt <= target.answered or target.early:
         return NEVER  # not all received, not answered, or the answer has a hole
+    if target.rcv_nxt == 1 and not target.answered:
+        return since_ns + rules.greeting_ns
     wait_ns = 4 * target.srtt_ns
     return since_ns + min(max(wait_ns, rules.quiet_ns), rules.quiet_max_ns)
 
@@ -45,6 +59,15 @@ def quiet_deadline_ns(target: Target, rules: Rules, since_ns: int) -> int:
 def forgive(target: Target, chunk: Chunk) -> None:
     """Rule 3, applied: from here on the shorter answer counts as the whole one."""
     target.need_base = chunk.need - (target.rcv_nxt - 1)
+
+
+def asks_ahead(target: Target, chunk: Chunk) -> bool:
+    """True for a request that the count lets go, though the one before is not answered yet."""
+    if target.rcv_nxt > target.said_before or target_is_over(target):
+        return False
+    # Exactly as much as before that one: nothing was owed for it online either.
+    ahead = chunk.need - target.need_base < target.said_before - 1
+    return ahead and chunk.boundary and bool(chunk.data)
 
 
 def closes_ahead(target: Target, chunk: Chunk) -> bool:
@@ -56,3 +79,21 @@ def closes_ahead(target: Target, chunk: Chunk) -> bool:
 def close_deadline_ns(target: Target, rules: Rules, since_ns: int) -> int:
     """When such a close leaves: after a quiet while, and soon even without an answer."""
     return min(quiet_deadline_ns(target, rules, since_ns), since_ns + rules.quiet_max_ns)
+
+
+def count_from(online: Online, target: Target, acked: int) -> int:
+    """The first ACK captured was not the first one sent, so the ISN of the online server is
+    lower than it seemed, and every count of response bytes higher. Return ``acked`` anew.
+    """
+    shift = 1 - acked
+    if shift > HORIZON_BYTES or online.irs is None:
+        return acked
+    online.irs = (online.irs - shift) & MASK
+    online.rcv_nxt += shift
+    if online.queue_need >= 0:
+        online.queue_need += shift
+    for chunk in (*online.queue, *online.early):
+        chunk.need += shift
+    if target.need_base:
+        target.need_base += shift
+    return 1

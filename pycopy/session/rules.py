@@ -21,6 +21,10 @@ class Rules:
     #: Shortest silence of the target after which a shorter answer counts as complete.
     quiet_ns: int = 20 * MS
     quiet_max_ns: int = SECOND
+    #: How long a greeting is waited for that the online server gave. What makes a greeting slow
+    #: is the look-up of the client's name, and 5 s are what a resolver waits for its server.
+    #: A request that leaves too early lies in the target's buffer until the greeting is out.
+    greeting_ns: int = 5 * SECOND
     #: RFC 1122 4.2.3.2 allows up to 500 ms.
     delayed_ack_ns: int = 40 * MS
     #: How long bytes missing from the capture are waited for. A client's own

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from pycopy.abi import ACK, FIN, RST, SYN, Segment
-from pycopy.ledger import Fate, Ledger, ResponseFate
+from pycopy.ledger import Count, Fate, Ledger, ResponseFate
 from pycopy.seq import MASK
-from pycopy.session import arrival, departure, stream
+from pycopy.session import arrival, departure, pathmtu, release, stream
 from pycopy.session.rules import MS, Rules
 from pycopy.session.states import TRANSITIONS, Event, Outcome, State
 from pycopy.session.stream import Offer
@@ -119,11 +119,13 @@ class Session:
         if flags & ACK:
             if online.irs is None:
                 online.irs = (seg.ack - 1) & MASK
+                if not payload:
+                    online.rtt_ns = seg.time_ns - online.asked_ns
             acked = unwrap(acked, online.irs, seg.ack)
             if acked > online.rcv_nxt:
                 online.rcv_nxt = acked
             elif acked < 1 and not flags & RST:
-                acked = self._count_from(acked)
+                acked = release.count_from(online, self.target, acked)
         if payload or flags & (FIN | RST):
             # Its own ack: a later segment with a higher one may have been captured first.
             pos = unwrap(online.snd_nxt, online.iss, seg.seq)
@@ -143,6 +145,17 @@ class Session:
             fate = arrival.in_synchronized(self, seg, now_ns)
         self._turn(now_ns)
         return fate
+
+    def on_too_big(self, seg: Segment, now_ns: int) -> ResponseFate:
+        """Take in what a router says of a segment of ours (``KIND_TOO_BIG``)."""
+        fate = pathmtu.on_too_big(self, seg, now_ns)
+        self._turn(now_ns)
+        return fate
+
+    def lower_mtu(self, mtu: int, now_ns: int) -> None:
+        """This host itself cannot send larger packets than ``mtu`` on this way."""
+        pathmtu.lower(self, mtu, now_ns)
+        self._turn(now_ns)
 
     def on_timer(self, now_ns: int) -> None:
         """Do what is due; call it at ``deadline_ns`` or later."""
@@ -205,23 +218,6 @@ class Session:
         if held > rules.queue_segments or online.held_bytes > bytes_allowed:
             self.end(Outcome.QUEUE_FULL, Fate.DROPPED_QUEUE_FULL, now_ns)
 
-    def _count_from(self, acked: int) -> int:
-        """The first ACK captured was not the first one sent, so the ISN of the online server is
-        lower than it seemed, and every count of response bytes higher. Return ``acked`` anew.
-        """
-        online, shift = self.online, 1 - acked
-        if shift > stream.HORIZON_BYTES or online.irs is None:
-            return acked
-        online.irs = (online.irs - shift) & MASK
-        online.rcv_nxt += shift
-        if online.queue_need >= 0:
-            online.queue_need += shift
-        for chunk in (*online.queue, *online.early):
-            chunk.need += shift
-        if self.target.need_base:
-            self.target.need_base += shift
-        return 1
-
     def ripen(self) -> None:
         """Move what is no longer early to the queue."""
         fates = self.host.ledger.fates
@@ -268,8 +264,8 @@ class Session:
 
     # -- losing the connection ------------------------------------------------------------
 
-    def lose(self, why: Outcome, now_ns: int) -> None:
-        """The target reset, refused or does not answer."""
+    def lose(self, why: Outcome, now_ns: int, read: int = 0) -> None:
+        """The target reset, refused or does not answer; it has read what is before ``read``."""
         if self.state is not State.SYN_SENT and why is Outcome.TARGET_SILENT:
             self.emit(RST, self.target.snd_nxt, b"", now_ns)
         self.move(Event.RESET)
@@ -277,7 +273,8 @@ class Session:
         self.rto_at = self.ack_at = self.quiet_at = NEVER
         online, target = self.online, self.target
         if why is Outcome.TARGET_RESET:
-            again = departure.take_back(target)
+            again = departure.take_back(target, read)
+            self.host.ledger.counts[Count.REPEATED] += len(again)
             online.held_bytes += sum(len(chunk.data) for chunk in again)
             online.queue[:0] = again
             target.flight = []

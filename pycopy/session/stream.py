@@ -47,6 +47,12 @@ def _append(online: Online, chunk: Chunk) -> None:
         chunk.need = online.queue_need  # a reordered segment: an ACK never moves back
     chunk.boundary = chunk.need > online.queue_need
     online.queue_need = chunk.need
+    if chunk.boundary and chunk.data:
+        # Sooner than an answer could come and a request go. Half leaves room for a handshake
+        # that was slower than usual.
+        if 2 * (chunk.time_ns - online.asked_ns) < online.rtt_ns:
+            online.overlapping = True
+        online.asked_ns = chunk.time_ns
     if chunk.flags & FIN:
         online.fin_pos = chunk.end - 1
     online.queue.append(chunk)
@@ -109,6 +115,7 @@ def resume(online: Online, rest: Sequence[Chunk]) -> Online:
     """Take ``rest`` off ``online`` and return it as a stream of its own, which begins there."""
     successor = Online(online.iss)
     successor.irs, successor.rcv_nxt = online.irs, online.rcv_nxt
+    successor.rtt_ns, successor.overlapping = online.rtt_ns, online.overlapping
     successor.early = rest
     if rest:
         successor.snd_nxt = rest[0].pos

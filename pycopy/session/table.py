@@ -14,6 +14,7 @@ from pycopy.abi import (
     ACK,
     FIN,
     KEY,
+    KIND_TOO_BIG,
     OPT_MSS,
     OPT_SACK_PERM,
     OPT_TIMESTAMPS,
@@ -147,6 +148,8 @@ class Table:
             session = self._adopt(self.kernel.fetch_target(seg.key), now_ns)
         if session is None:
             ledger.responses[ResponseFate.UNKNOWN] += 1
+        elif seg.kind == KIND_TOO_BIG:
+            ledger.responses[session.on_too_big(seg, now_ns)] += 1
         else:
             ledger.responses[session.on_target_segment(seg, now_ns)] += 1
             self._look_whether_calm(session)
@@ -209,8 +212,10 @@ class Table:
             self._disown(seg.key)
             return
         mss = max(seg.mss or NO_LIMIT, MIN_MSS)
+        online = Online(seg.seq)
+        online.asked_ns = seg.time_ns
         session = self._connect(
-            seg.key, seg.service, Online(seg.seq), 1, mss,
+            seg.key, seg.service, online, 1, mss,
             min(seg.wscale, MAX_WSCALE), seg.options, now_ns, self._is_free,
         )  # fmt: skip
         if session is None:
@@ -331,7 +336,7 @@ class Table:
     def reopen(self, session: Session, online: Online, now_ns: int) -> None:
         """Send ``online``, what is left of the client's stream, over a new connection."""
         if not online.queue and not online.early:
-            self._watch(session.key, online)
+            self._leave(session, online)
             return
         old, refusal, successor = session.target, self._limit(), None
         start = online.queue[0].pos if online.queue else online.snd_nxt
@@ -343,7 +348,7 @@ class Table:
             )  # fmt: skip
         if successor is None:
             drop((*online.queue, *online.early), refusal or Fate.REFUSED_NO_ADDRESS, self.ledger)
-            self._watch(session.key, online)
+            self._leave(session, online)
             return
         self.ledger.counts[Count.REOPENED] += 1
         successor.ripen()
@@ -351,6 +356,12 @@ class Table:
         if online.early:
             successor.gap_at = now_ns + self.rules.gap_ns
         successor.open(now_ns)
+
+    def _leave(self, session: Session, online: Online) -> None:
+        """Nobody takes ``online`` over. What was captured of it so far is not joined anew."""
+        end = max(session.online.snd_nxt, online.snd_nxt, *(each.end for each in online.early))
+        self._admission.ended(session.key, (online.iss + end) & MASK)
+        self._watch(session.key, online)
 
     def _watch(self, key: bytes, online: Online) -> None:
         """The client goes on; join it again when its next request begins."""

@@ -75,7 +75,8 @@ class Online:
     """What the capture says: the client's stream as far as it is known."""
 
     __slots__ = (
-        "early", "fin_pos", "held_bytes", "irs", "iss", "queue", "queue_need", "rcv_nxt", "snd_nxt",
+        "asked_ns", "early", "fin_pos", "held_bytes", "irs", "iss", "overlapping", "queue",
+        "queue_need", "rcv_nxt", "rtt_ns", "snd_nxt",
     )  # fmt: skip
 
     def __init__(self, iss: int) -> None:
@@ -91,6 +92,12 @@ class Online:
         self.fin_pos = NO_POSITION
         #: ``need`` of the last chunk put in order: what makes the next one a boundary.
         self.queue_need = -1
+        #: When the last request was captured, before the first one the SYN.
+        self.asked_ns = 0
+        #: From here to the client and back: from its SYN to the third ACK. 0: not known.
+        self.rtt_ns = 0
+        #: Its requests do not wait for the answers to those before, as far as we can tell.
+        self.overlapping = False
         #: In order and not yet sent.
         self.queue: list[Chunk] = []
         #: Captured beyond a gap, sorted by position; a list once there are any.
@@ -103,11 +110,11 @@ class Target:
     """Our connection to the target: the transmission control block (RFC 9293 3.3.1)."""
 
     __slots__ = (
-        "answered", "cwnd", "dup_acks", "early", "fin_pos", "flight", "irs", "iss",
+        "answered", "asked", "cwnd", "dup_acks", "early", "fin_pos", "flight", "irs", "iss",
         "mss", "need_base", "options", "rcv_acked", "rcv_nxt", "rcv_wscale", "recovery_end",
-        "resend_limit", "resend_next", "rto_ns", "rttvar_ns", "sacked", "smss", "snd_nxt",
-        "snd_una", "snd_wl1", "snd_wl2", "snd_wnd", "snd_wscale", "srtt_ns", "ssthresh",
-        "ts_recent",
+        "resend_limit", "resend_next", "rto_ns", "rttvar_ns", "sacked", "said_before", "smss",
+        "snd_nxt", "snd_una", "snd_wl1", "snd_wl2", "snd_wnd", "snd_wscale", "srtt_ns",
+        "ssthresh", "ts_recent",
     )  # fmt: skip
 
     def __init__(self, iss: int, start: int, mss: int, rto_ns: int) -> None:
@@ -141,7 +148,12 @@ class Target:
         #: Online response bytes that count as none here: release.py.
         self.need_base = 0
         #: ``rcv_nxt`` when the last request was sent: the target has answered once it moved.
-        self.answered = 1
+        #: 0: none was sent.
+        self.answered = 0
+        #: Position behind that request, and ``rcv_nxt`` when the target had not got it yet:
+        #: up to there all it said was an answer to those before.
+        self.asked = 0
+        self.said_before = 0
         #: Sent and not acknowledged, in order.
         self.flight: list[Chunk] = []
         #: RFC 6298.

@@ -12,6 +12,8 @@ space they are in: the client's for ``client <`` and its acks of the online serv
 what goes to the target. ``target/2`` is the second connection to the target, ``client/2``
 another client, ``client@1`` the first client towards service 1. Payload is a pattern that
 the runner checks. Options of what is sent are only checked where the script names them.
+``icmp < mss 1260 seq 1`` is a router's word that the segment with that number is too big;
+its MTU is what makes that the largest payload.
 Lines with ``*`` are in :class:`Script`, each as the method ``star_`` + its first word.
 """
 
@@ -24,6 +26,7 @@ from pycopy.abi import (
     KEY,
     KIND_CLIENT,
     KIND_TARGET,
+    KIND_TOO_BIG,
     OPT_MSS,
     OPT_SACK_PERM,
     OPT_TIMESTAMPS,
@@ -51,6 +54,9 @@ LINE = re.compile(
     r"(?:@(?P<service>\d+))?\s+(?P<way>[<>])\s+(?P<flags>[FSRP.UEW]+)"
     r"\s+(?P<seq>\d+):(?P<end>\d+)\((?P<size>\d+)\)(?:\s+ack\s+(?P<ack>\d+))?"
     r"(?:\s+win\s+(?P<win>\d+))?(?:\s+<(?P<options>.*)>)?)$"
+)
+ICMP = re.compile(
+    r"\+(?P<after>[\d.]+)\s+icmp(?:/(?P<number>\d+))? < mss (?P<mss>\d+) seq (?P<seq>\d+)$"
 )
 
 
@@ -140,11 +146,15 @@ class Script:
         return f"line {number}: {failure}\n{before}\n  > {line}"
 
     def step(self, line):
-        match = LINE.match(line)
+        match = LINE.match(line) or ICMP.match(line)
         if not match:
             raise Failed("this is not a line of a script")
         self.advance(self.now_ns + round(float(match["after"]) * 1e9))
-        if match["way"] == ">":
+        if match.re is ICMP:
+            self.expect_nothing()
+            self.too_big(match)
+            self.collect()
+        elif match["way"] == ">":
             self.expect(match)
         else:
             self.expect_nothing()
@@ -225,14 +235,27 @@ class Script:
             )  # fmt: skip
             self.table.on_client(seg, pattern(seq + bool(flags & SYN), size), self.now_ns)
             return
-        if number > len(self.connections):
-            raise Failed(f"there is no connection {number} to the target")
-        connection = self.connections[number - 1]
+        connection = self.connection(number)
         seg = self.segment(
             KIND_TARGET, connection.key, connection.irs + seq, connection.iss + ack,
             **self.sack(connection.iss, edges), **fields,
         )  # fmt: skip
         self.table.on_target(seg, self.now_ns)
+
+    def connection(self, number):
+        if number > len(self.connections):
+            raise Failed(f"there is no connection {number} to the target")
+        return self.connections[number - 1]
+
+    def too_big(self, match):
+        connection = self.connection(int(match["number"] or 1))
+        seq, mtu = connection.iss + int(match["seq"]), self.mtu(match["mss"])
+        self.table.on_target(
+            self.segment(KIND_TOO_BIG, connection.key, seq, 0, mss=mtu), self.now_ns
+        )
+
+    def mtu(self, mss):
+        return int(mss) + (40 if self.family == 4 else 60)
 
     @staticmethod
     def sack(base, edges):
@@ -328,6 +351,19 @@ class Script:
 
     def star_busy(self, number):
         self.compare("busy", self.table.busy(), int(number))
+
+    def star_mss(self, size, number="1"):
+        """Payload of the largest segment, options not counted."""
+        self.compare("mss", self.connection(int(number)).session.target.mss, int(size))
+
+    def star_overlapping(self, answer):
+        """Whether the client is taken for one that does not wait for answers."""
+        online = self.connections[0].session.online
+        self.compare("overlapping", online.overlapping, answer == "yes")
+
+    def star_lower_mss(self, mss):
+        """The sender found the way out of this host to be smaller."""
+        self.connections[0].session.lower_mtu(self.mtu(mss), self.now_ns)
 
     def star_port(self, number, port):
         """Our port of a connection to the target."""

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pycopy.abi import KEY, KIND_CLIENT, KIND_TARGET, SEGMENT, Segment
+from pycopy.abi import KEY, KIND_CLIENT, KIND_TARGET, KIND_TOO_BIG, SEGMENT, Segment
 from pycopy.channel import (
     ChannelServer,
     Count,
@@ -486,6 +486,12 @@ def test_something_else_answers():
         error = failing(("127.0.0.1", sock.getsockname()[1]))
         thread.join()
     assert "does not speak the pycopy channel" in error.cause
+
+
+def test_a_routers_message_is_a_record_as_well(bench):
+    client = bench.client(1)
+    bench.server.forward([record(1, kind=KIND_TOO_BIG)])
+    bench.until(lambda: numbers(client) == [1])
 
 
 def test_an_intercept_that_sends_nonsense_records_is_dropped(bench):
