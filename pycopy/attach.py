@@ -250,12 +250,21 @@ def attachments() -> list[str]:
 
 def _held_program_ids() -> set[int]:
     """Ids of the programs that running processes hold descriptors of."""
-    ids = set()
-    for entry in Path("/proc").glob("[0-9]*/fd/*"):
-        # Processes and descriptors come and go while we look.
-        with contextlib.suppress(OSError, StopIteration, ValueError):
-            if os.readlink(entry) == "anon_inode:bpf-prog":
-                info = (entry.parent.parent / "fdinfo" / entry.name).read_text("ascii")
-                line = next(line for line in info.splitlines() if line.startswith("prog_id:"))
-                ids.add(int(line.split()[1]))
+    ids: set[int] = set()
+    for process in Path("/proc").iterdir():
+        # Processes and descriptors come and go while we look; one that has gone holds nothing.
+        with contextlib.suppress(OSError):
+            if process.name.isdigit():
+                fds = os.listdir(process / "fd")
+                ids.update(ident for fd in fds if (ident := _program_id(process, fd)) is not None)
     return ids
+
+
+def _program_id(process: Path, fd: str) -> int | None:
+    """Of the program that this descriptor is of; None if it is of something else, or closed."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        if os.readlink(process / "fd" / fd) == "anon_inode:bpf-prog":
+            info = (process / "fdinfo" / fd).read_text("ascii")
+            line = next(line for line in info.splitlines() if line.startswith("prog_id:"))
+            return int(line.split()[1])
+    return None

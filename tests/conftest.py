@@ -1,20 +1,25 @@
 """What all tiers share: who may run what, and the verdict on tiers that did not run.
 
-A tier is a directory of tests/. Fixtures of one tier belong into its own conftest.py.
+A tier is a directory of tests/. Fixtures of one tier belong into its own conftest.py; how
+tests share the machine with each other is in tests/together.py.
 """
 
 import os
 from collections import Counter
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+from tests import together
 
 TESTS = Path(__file__).parent
 #: Tiers that must exist; further directories with tests in them are tiers as well.
 TIERS = {"unit", "bpf", "lab"}
 NEED_ROOT = {"bpf", "lab"}
 
-_passed = pytest.StashKey[Counter]()
+#: Tests that passed, by tier; counted where the reports arrive, which workers only send.
+_passed = Counter()
 
 
 def tier_of(path):
@@ -28,7 +33,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.stash[_passed] = Counter()
+    shared = getattr(config, "workerinput", None)
+    config.pluginmanager.register(together.Worker(shared) if shared else together.Controller())
+    together.interrupt_once()
+    # How long an example took says how busy the machine was.
+    hypothesis.settings.register_profile("shared", deadline=None)
+    hypothesis.settings.load_profile("shared")
 
 
 def pytest_collection_modifyitems(items):
@@ -46,30 +56,27 @@ def root():
         pytest.skip("needs root: sudo ./contrib/setup test")
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item):
-    outcome = yield
-    report = outcome.get_result()
-    if report.when == "call" and report.passed and TESTS in item.path.parents:
-        item.config.stash[_passed][tier_of(item.path)] += 1
+def pytest_runtest_logreport(report):
+    path = TESTS.parent / report.location[0]
+    if report.when == "call" and report.passed and TESTS in path.parents:
+        _passed[tier_of(path)] += 1
 
 
-def _silent_tiers(config):
+def _silent_tiers():
     tiers = TIERS | {path.parent.name for path in TESTS.glob("*/test_*.py")}
-    return sorted(tier for tier in tiers if not config.stash[_passed][tier])
+    return sorted(tier for tier in tiers if not _passed[tier])
 
 
 def pytest_sessionfinish(session, exitstatus):
     wanted = session.config.getoption("--all-tiers") and exitstatus == pytest.ExitCode.OK
-    if wanted and _silent_tiers(session.config):
+    if wanted and not hasattr(session.config, "workerinput") and _silent_tiers():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if config.getoption("--all-tiers"):
-        passed = config.stash[_passed]
         terminalreporter.write_line(
-            "tiers: " + ", ".join(f"{tier} {passed[tier]} passed" for tier in sorted(passed))
+            "tiers: " + ", ".join(f"{tier} {_passed[tier]} passed" for tier in sorted(_passed))
         )
-        for tier in _silent_tiers(config):
+        for tier in _silent_tiers():
             terminalreporter.write_line(f"FAILED: in the tier {tier} nothing passed", red=True)

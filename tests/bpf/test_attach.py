@@ -66,6 +66,8 @@ def veth():
         run("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
         run("ip link set va up")
         run("ip link set vb up")
+        # Until then va has no queue yet, and what is sent into it is dropped.
+        assert eventually(lambda: "state UP" in run("ip -o link show va"))
         yield "va", "vb"
     finally:
         assert libc.setns(before, CLONE_NEWNET) == 0

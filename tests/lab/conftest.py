@@ -6,7 +6,6 @@ does, the lab is removed at the end together with every process started in it.
 
 import contextlib
 import os
-import signal
 import socket
 import time
 
@@ -24,10 +23,6 @@ _TCX = {"tcx ingress": link.TCX_INGRESS, "tcx egress": link.TCX_EGRESS}
 def _root():
     if os.geteuid() != 0:
         pytest.fail("the lab tier makes network namespaces: run it as root", pytrace=False)
-    # A run that is cut short, as by timeout(1), takes its labs down as after Ctrl-C.
-    previous = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    yield
-    signal.signal(signal.SIGTERM, previous)
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ def _no_offloads(lab):
     lab.set_offloads(False)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("placement", [Placement.SELF, Placement.TARGET], ids=lambda p: p.value)
 def test_time_to_recover(scenario, lab, request, placement):
     run = scenario(placement, 4, servers=((80, "http"),)).start()

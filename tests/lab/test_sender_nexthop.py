@@ -359,6 +359,7 @@ def test_what_cannot_be_sent_is_counted(lab, hops, sender):
     assert line.send(1, 1, abi.ACK)[0] == 0
 
 
+@pytest.mark.alone
 def test_a_full_queue_is_back_pressure_then_counted(lab, hops, sender):
     hop = ready(lab, hops, 4)
     line = Wire(lab, sender, hop, 4)

@@ -333,6 +333,7 @@ def test_silence_is_death_and_a_ping_is_answered(bench, monkeypatch):
     assert any("silent for" in line for line in bench.lines)
 
 
+@pytest.mark.alone  # 20 MB through one thread, in bounded time
 def test_pings_from_a_peer_that_never_reads_do_not_pile_up(bench):
     sock = bench.raw(Hello(1).encode())
     bench.until(lambda: bench.replays())

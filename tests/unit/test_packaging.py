@@ -9,6 +9,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import pycopy
 
 ROOT = Path(pycopy.__file__).parents[1]
@@ -133,8 +135,12 @@ def test_modules_say_what_they_are_for():
         assert ast.get_docstring(ast.parse(source.read_text())), source
 
 
-def test_a_tier_in_which_nothing_passed_is_a_failure():
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tier_in_which_nothing_passed_is_a_failure(workers):
+    if workers:
+        pytest.importorskip("xdist")
     one = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit/test_seq.py"]
+    one += ["-n", str(workers), "--dist", "loadgroup"] if workers else []
     done = subprocess.run(one, cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stdout
     done = subprocess.run(
