@@ -111,6 +111,13 @@ def test_own_ports_in_turn():
     assert [used.take(addresses)[2] for _ in range(2)] == [5001, 5002]
 
 
+def test_own_address_is_the_one_towards_the_target():
+    """A host has several: which one is routed to the target depends on the target."""
+    addresses = SelfPorts([5000], {TARGET: CLIENT, TARGET6: CLIENT6}.get)
+    assert addresses.allocate(CLIENT, 1, TARGET, 80, free).startswith(CLIENT)
+    assert addresses.allocate(CLIENT, 1, TARGET6, 80, free).startswith(CLIENT6)
+
+
 def test_own_ports_are_searched_a_part_at_a_time():
     addresses = SelfPorts(range(20_000, 30_000), lambda target: CLIENT)
     asked = []

@@ -81,6 +81,15 @@ def test_a_hold_is_measured_from_the_capture():
     assert host.ledger.counts[Count.ESTABLISHED] == 1
 
 
+def test_a_hold_is_what_lies_between_capture_and_sending():
+    """The clock has run for an hour: what counts is the difference."""
+    host, session = established()
+    captured_ns = 3600 * SECOND
+    seg = ZERO._replace(tcp_flags=PSH | ACK, seq=1001, ack=1, time_ns=captured_ns, seg_len=1)
+    session.on_client_segment(seg, b"x", captured_ns + 5_000_000)
+    assert host.ledger.hold[2] == 1 and sum(host.ledger.hold) == 1
+
+
 def test_functions_fit_a_screen():
     for path in Path(pycopy.session.__path__[0]).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
