@@ -174,7 +174,7 @@ class Script:
             text = f"{who} > {flags_text(flags)} {start}:{start + len(data)}({len(data)})"
             if flags & ACK:
                 text += f" ack {(ack - connection.irs) & MASK}"
-            elif ack:
+            elif ack != 0:
                 text += f" with {ack} where an ack would be"
             options = options_text(rewrite.options_of(session, flags, tsval), connection.irs)
             full = f"{text} <{options}>"
