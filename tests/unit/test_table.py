@@ -218,6 +218,12 @@ def test_sweeping_many_sessions_takes_many_turns(monkeypatch):
     assert all(session.outcome for session in bench.table.by_target.values())
 
 
+def test_the_path_to_the_target_limits_the_mss():
+    bench = Bench()
+    bench.table._path_mss = {TARGET: 1000}.__getitem__
+    assert bench.open(1).target.mss == 1000
+
+
 def test_busy_counts_what_is_not_through():
     bench = Bench()
     for number in range(3):
