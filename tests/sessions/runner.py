@@ -184,6 +184,8 @@ class Script:
             text = f"{who} > {flags_text(flags)} {start}:{start + len(data)}({len(data)})"
             if flags & ACK:
                 text += f" ack {(ack - connection.irs) & MASK}"
+            elif ack != 0:
+                text += f" with {ack} where an ack would be"
             options = options_text(rewrite.options_of(session, flags, tsval), connection.irs)
             full = f"{text} <{options}>"
             if data != pattern(start, len(data)):

@@ -81,6 +81,7 @@ def test_a_pool_member_by_the_client_whatever_the_order():
     mapping = {client: first.allocate(client, 5, TARGET, 80, free) for client in clients}
     for client in reversed(clients):
         assert second.allocate(client, 5, TARGET, 80, free) == mapping[client]
+    assert {KEY.unpack(key)[2] for key in mapping.values()} == {5}  # the client's port is free
     sources = {KEY.unpack(key)[0] for key in mapping.values()}
     assert len(sources) > 100
     assert not sources & {address("10.9.0.0"), address("10.9.0.255"), address("10.8.0.3")}
@@ -90,6 +91,14 @@ def test_clients_that_share_a_member_do_not_share_a_port():
     used, addresses = Used(), pool("10.9.0.1/32")
     taken = {used.take(addresses, client=address(f"192.0.2.{n}")) for n in range(20)}
     assert len(taken) == 20 and {each[0] for each in taken} == {address("10.9.0.1")}
+
+
+def test_a_member_without_a_free_port_gives_way_to_the_next():
+    addresses, full = pool("10.9.0.1/32", "10.9.0.2/32"), address("10.9.0.1")
+    for n in range(20):
+        client = address(f"192.0.2.{n}")
+        key = addresses.allocate(client, 5, TARGET, 80, lambda key: not key.startswith(full))
+        assert KEY.unpack(key)[0] == address("10.9.0.2")
 
 
 def test_pool_of_the_targets_family_and_without_the_target():
@@ -111,6 +120,13 @@ def test_own_ports_in_turn():
     assert [used.take(addresses)[2] for _ in range(2)] == [5001, 5002]
 
 
+def test_own_address_is_the_one_towards_the_target():
+    """A host has several: which one is routed to the target depends on the target."""
+    addresses = SelfPorts([5000], {TARGET: CLIENT, TARGET6: CLIENT6}.get)
+    assert addresses.allocate(CLIENT, 1, TARGET, 80, free).startswith(CLIENT)
+    assert addresses.allocate(CLIENT, 1, TARGET6, 80, free).startswith(CLIENT6)
+
+
 def test_own_ports_are_searched_a_part_at_a_time():
     addresses = SelfPorts(range(20_000, 30_000), lambda target: CLIENT)
     asked = []
@@ -121,7 +137,13 @@ def test_own_ports_are_searched_a_part_at_a_time():
 
 @pytest.mark.parametrize(
     "network, hosts",
-    [("10.0.0.0/24", 254), ("10.0.0.0/31", 2), ("10.0.0.1/32", 1), ("fc00::/126", 4)],
+    [
+        ("10.0.0.0/24", 254),
+        ("10.0.0.0/31", 2),
+        ("10.0.0.1/32", 1),
+        ("fc00::/126", 4),
+        ("fc00::/16", 1 << 112),
+    ],
 )
 def test_usable_hosts(network, hosts):
     assert usable_hosts(ipaddress.ip_network(network)) == hosts

@@ -2,7 +2,7 @@ import struct
 
 import pytest
 
-from pycopy.abi import ACK, FIN, Segment
+from pycopy.abi import ACK, FIN, RST, Segment
 from pycopy.ledger import Fate
 from pycopy.session import admission
 from pycopy.session.admission import Admission
@@ -11,8 +11,8 @@ from pycopy.session.rules import SECOND, Rules
 LATE = 3600 * SECOND
 
 
-def key(number, port=40000):
-    return struct.pack("!12xI16xHH", number, port, 80)
+def key(number, port=40000, server=0):
+    return struct.pack("!12xIB15xHH", number, server, port, 80)
 
 
 def segment(of, seq=1, ack=1, size=10, flags=ACK):
@@ -33,6 +33,7 @@ def test_all_connections_of_a_client_share_its_fate():
     chooser = Admission(Rules(sample_percent=50), 0)
     for number in range(50):
         assert len({chooser.refuse_new(key(number, port), 0) for port in range(1, 100)}) == 1
+        assert len({chooser.refuse_new(key(number, 1, server), 0) for server in range(20)}) == 1
 
 
 def test_the_ramp_rises_to_the_sample():
@@ -49,11 +50,12 @@ def test_the_ramp_rises_to_the_sample():
     assert [round(100 * share) for share in shares] == pytest.approx([1, 20, 40, 40], abs=2)
 
 
-def test_left_out_by_the_ramp_for_its_lifetime():
+@pytest.mark.parametrize("end", [FIN, RST, RST | ACK])
+def test_left_out_by_the_ramp_for_its_lifetime(end):
     chooser, left_out = Admission(Rules(ramp=True), 0), key(5)
     assert chooser.refuse_new(left_out, 0) is Fate.SAMPLED_OUT
     assert chooser.refuse_midstream(segment(left_out), LATE) is Fate.SAMPLED_OUT
-    assert chooser.refuse_midstream(segment(left_out, size=0, flags=FIN), LATE) is Fate.STRAY
+    assert chooser.refuse_midstream(segment(left_out, size=0, flags=end), LATE) is Fate.STRAY
     assert chooser.refuse_midstream(segment(left_out), LATE) is None
 
 
@@ -83,6 +85,9 @@ def test_a_new_connection_forgets_the_old():
     assert chooser.refuse_new(key(5), 0) is Fate.SAMPLED_OUT
     assert chooser.refuse_new(key(5), LATE) is None
     assert chooser.refuse_midstream(segment(key(5)), LATE) is None
+    chooser.watch(key(5), 7)
+    assert chooser.refuse_new(key(5), LATE) is None
+    assert chooser.refuse_midstream(segment(key(5), ack=7), LATE) is None
 
 
 def test_quiet_since_the_start():

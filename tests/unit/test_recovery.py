@@ -44,6 +44,22 @@ def test_rto_of_rfc_6298():
     assert mine.rto_ns == RULES.rto_max_ns
 
 
+def test_a_timeout_halves_what_was_in_flight():
+    """RFC 5681 3.1 equation 4, in whole bytes: what is sent is cut by it."""
+    for segments, size, ssthresh in (10, 1000, 5000), (9, 1001, 4504), (3, 1000, 2000):
+        mine = target(segments, size)
+        recovery.on_timeout(mine, RULES)
+        assert mine.ssthresh == ssthresh and isinstance(mine.ssthresh, int)
+
+
+def test_fast_retransmit_halves_what_was_in_flight():
+    for segments, size, ssthresh in (9, 1001, 4504), (4, 1000, 2000), (2, 1000, 2000):
+        mine = target(segments, size)
+        while not recovery.on_duplicate_ack(mine):
+            pass
+        assert mine.ssthresh == ssthresh and isinstance(mine.ssthresh, int)
+
+
 def test_timeouts_back_off_to_the_maximum():
     mine = target(4)
     recovery.note_sack(mine, [(1001, 2001)])
@@ -61,6 +77,12 @@ def test_the_window_grows_only_if_it_is_used():
     before = mine.cwnd
     acknowledge(mine, 2001)
     assert mine.cwnd == before
+    mine = target(5)  # a half of it is used: that is enough
+    acknowledge(mine, 1001)
+    assert mine.cwnd == before + 1000
+    mine = target(4)
+    acknowledge(mine, 1001)
+    assert mine.cwnd == before
     mine = target(10)
     acknowledge(mine, 3001)
     assert mine.cwnd == before + 2000  # slow start, RFC 3465
@@ -77,6 +99,14 @@ def test_sack_is_merged_and_trimmed():
     assert recovery.sacked_bytes(mine) == 3500 and recovery.in_flight_bytes(mine) == 6500
     acknowledge(mine, 3001)
     assert mine.sacked == ((3001, 4001), (5001, 6501))
+
+
+def test_sack_of_the_last_byte_and_of_none():
+    mine = target(10)
+    recovery.note_sack(mine, [(5001, 5001), (9001, 10_001)])
+    assert mine.sacked == ((9001, 10_001),)
+    acknowledge(mine, 10_001)
+    assert mine.sacked == ()
 
 
 def test_fast_retransmit_repeats_holes_only():
@@ -110,6 +140,15 @@ def test_thresholds_for_few_segments():
         assert answers.index(True) == needed - 1, segments
 
 
+def test_a_super_segment_counts_as_what_the_kernel_makes_of_it():
+    """RFC 5827 3.1 counts segments: one chunk of 1.5 MSS is two on the wire, of 2.5 three."""
+    for size, needed in (1500, 1), (2500, 2), (3500, 3):
+        mine = target(1, size)
+        mine.smss = 1000
+        answers = [recovery.on_duplicate_ack(mine) for _ in range(3)]
+        assert answers.index(True) == needed - 1, size
+
+
 def test_repetition_is_paced_by_the_window():
     mine = target(10)
     recovery.on_timeout(mine, RULES)
@@ -119,6 +158,14 @@ def test_repetition_is_paced_by_the_window():
     recovery.note_sack(mine, [(3001, 9001)])
     acknowledge(mine, 2001)
     assert holes(mine) == [(9001, 10_001)]
+
+
+def test_what_the_target_reported_does_not_count_as_repeated():
+    mine = target(10)
+    recovery.on_timeout(mine, RULES)
+    mine.cwnd, mine.resend_next = 4000, 4001
+    recovery.note_sack(mine, [(1001, 2001)])
+    assert recovery.next_hole(mine) == (4001, 5001)  # 1 to 1001 and 2001 to 4001 were
 
 
 def test_no_recovery_no_holes():

@@ -60,7 +60,9 @@ def test_resets():
 def test_sack_blocks_are_of_the_targets_stream():
     made = session()
     made.target.early = ((11, 21), (31, 41), (51, 61), (71, 81))
-    assert dict(written(made, ACK)[0].options)["SAck"] == (5011, 5021, 5031, 5041, 5051, 5061)
+    options = dict(written(made, ACK)[0].options)
+    assert options["SAck"] == (5011, 5021, 5031, 5041, 5051, 5061)
+    assert options["Timestamp"] == (33, 77)
     made.target.options = OPT_SACK_PERM
     assert len(dict(written(made, ACK)[0].options)["SAck"]) == 8
     made.target.options = 0

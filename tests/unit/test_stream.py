@@ -47,6 +47,15 @@ def test_early_ones_wait_and_ripen():
     assert queued(online) == BYTES[1:45] and not online.early and online.held_bytes == 44
 
 
+def test_only_what_is_within_one_early_piece_is_a_repeat():
+    online = Online(0)
+    for start, end in (11, 21), (31, 41):
+        offer(online, chunk(start, end))
+    assert offer(online, chunk(12, 25)) is Offer.EARLY  # 21 to 25 are new
+    assert offer(online, chunk(32, 40)) is Offer.DUPLICATE
+    assert online.held_bytes == 33
+
+
 def test_thousands_of_early_ones_are_cheap():
     online = Online(0)
     for start in range(2, 60_002, 2):
@@ -81,6 +90,7 @@ def test_resets():
     offer(online, chunk(1, 11))
     assert offer_reset(online, chunk(10, 10, flags=RST)) is Offer.OUTSIDE
     assert offer_reset(online, chunk(12 + HORIZON_BYTES, 0, flags=RST)) is Offer.OUTSIDE
+    assert offer_reset(online, chunk(11 + HORIZON_BYTES, 0, flags=RST)) is Offer.IN_ORDER
     assert offer_reset(online, chunk(15, 15, flags=RST)) is Offer.IN_ORDER
     assert online.queue[-1].pos == online.queue[-1].end == online.snd_nxt == 11
     assert offer_reset(online, chunk(11, 11, flags=RST)) is Offer.IN_ORDER
@@ -91,6 +101,8 @@ def test_next_request():
     assert next_request([chunk(11, 21, 50), chunk(21, 31, 50), chunk(31, 41, 60)]) == 2
     behind_another_gap = [chunk(11, 21, 50), chunk(31, 41, 60), chunk(41, 51, 60)]
     assert next_request(behind_another_gap) == 3
+    nothing_known_before_it = [chunk(11, 21, 60), chunk(21, 31, 50)]
+    assert next_request(nothing_known_before_it) == 2
     only_a_fin = [chunk(11, 21, 50), chunk(21, 21, 60, FIN)]
     assert next_request(only_a_fin) == 2
 
@@ -98,12 +110,12 @@ def test_next_request():
 def test_resume_divides_what_is_held():
     online = Online(7)
     online.irs, online.rcv_nxt = 3, 99
-    online.early = [chunk(11, 21, 50), chunk(21, 31, 60)]
-    online.held_bytes = 20
+    online.early = [chunk(11, 21, 50), chunk(21, 41, 60)]
+    online.held_bytes = 30
     successor = resume(online, online.early[1:])
     assert (successor.iss, successor.irs, successor.rcv_nxt) == (7, 3, 99)
-    assert (successor.snd_nxt, successor.held_bytes, online.held_bytes) == (21, 10, 10)
-    assert ripen(successor) == 0 and queued(successor) == BYTES[21:31]
+    assert (successor.snd_nxt, successor.held_bytes, online.held_bytes) == (21, 20, 10)
+    assert ripen(successor) == 0 and queued(successor) == BYTES[21:41]
     assert resume(online, []).early == []
 
 

@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from pycopy.abi import ACK, KIND_CLIENT, KIND_TARGET, PSH, RST, SYN, Segment
+from pycopy.abi import ACK, FIN, KIND_CLIENT, KIND_TARGET, PSH, RST, SYN, Segment
 from pycopy.ledger import Count, Fate, Ledger
 from pycopy.session import table as table_module
 from pycopy.session.addresses import KeptAddresses, SelfPorts
@@ -94,6 +94,49 @@ def test_response_counts():
     assert counts[Count.RESPONSE_RST] == 1
 
 
+def test_what_happens_twice_is_counted_twice():
+    bench = Bench()
+    for number in 1, 2:
+        key = bench.open(number).target_key
+        bench.client(number, SYN)  # repeated by the client
+        bench.client(number, SYN | ACK)
+        bench.client(number, PSH | ACK, 1, 1, b"request")
+        bench.target(key, PSH | ACK, 1, 8, 10)
+        bench.target(key, FIN | ACK, 11, 8)
+        bench.target(bytes(36), RST)
+    counts, fates = bench.ledger.counts, bench.ledger.fates
+    for name in "ESTABLISHED SESSIONS PAYLOAD RESPONSE_PAYLOAD RESPONSE_FIN RESPONSE_RST".split():
+        assert counts[Count[name]] == 2, name
+    assert counts[Count.SYN] == 6 and counts[Count.PAYLOAD_BYTES] == 14
+    assert fates[Fate.DUPLICATE] == fates[Fate.STRAY] == 2
+    assert not bench.ledger.balance()[1:]
+
+
+def test_refusals_and_joins_are_counted_each_time():
+    bench = Bench(SelfPorts([5000, 5001], lambda target: TARGET))
+    bench.now_ns = SECOND
+    for number in range(4):
+        bench.client(number, PSH | ACK, 100, 100, b"joining")
+    for number in range(4, 6):
+        bench.client(number, SYN)
+    assert bench.ledger.counts[Count.MID_STREAM] == 2
+    assert bench.ledger.fates[Fate.REFUSED_NO_ADDRESS] == 4
+
+
+def test_releases_and_repairs_are_counted_each_time():
+    bench = Bench()
+    for number in 1, 2:
+        key = bench.open(number).target_key
+        bench.client(number, PSH | ACK, 1, 1, b"1st")
+        bench.target(key, PSH | ACK, 1, 4, 10)
+        bench.client(number, PSH | ACK, 4, 99, b"2nd")
+        bench.until(bench.now_ns + SECOND // 10)  # the answer was shorter
+        for _ in range(3):
+            bench.target(key, ACK, 11, 4)
+    assert bench.ledger.counts[Count.RELEASED_BY_QUIET] == 2
+    assert bench.ledger.counts[Count.FAST_RETRANSMITS] == 2
+
+
 def test_addresses_run_out():
     bench = Bench(SelfPorts([5000], lambda target: TARGET))
     bench.open(1)
@@ -116,18 +159,35 @@ def test_a_lingering_session_gives_way():
     assert len(bench.table.by_target) == 1
 
 
-def test_timers_do_not_pile_up(monkeypatch):
+def gap_and_answers(bench, session, times):
     """A gap's timer lies far ahead while ACK timers come and go below it."""
-    monkeypatch.setattr(table_module, "STALE_TIMERS", 16)
-    bench = Bench()
-    session = bench.open(1)
-    for number in range(1000):
+    for number in range(times):
         bench.target(session.target_key, PSH | ACK, 1 + number, 1, 1)
         bench.client(1, PSH | ACK, 100 + 2 * number, 1, b"x")
         bench.until(bench.now_ns + 45 * MS)
         bench.client(1, PSH | ACK, 1 + number, 1, b"y")
         bench.target(session.target_key, ACK, 2 + number, 2 + number)
+        yield
+
+
+def test_timers_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(table_module, "STALE_TIMERS", 16)
+    bench = Bench()
+    for _ in gap_and_answers(bench, bench.open(1), 1000):
         assert len(bench.table._timers) <= 2 + 16
+
+
+def test_cleaning_the_timers_keeps_those_that_are_to_come(monkeypatch):
+    monkeypatch.setattr(table_module, "STALE_TIMERS", 4)
+    bench = Bench()
+    session = bench.open(1)
+    bench.client(2, SYN)
+    waiting = bench.table.outbox[-1].session  # until its SYN is due again
+    for _ in gap_and_answers(bench, session, 20):
+        assert len(bench.table._timers) <= 2 * 2 + 4
+    bench.table.outbox.clear()
+    bench.until(SECOND)
+    assert [each.flags for each in bench.table.outbox if each.session is waiting] == [SYN]
 
 
 def test_ended_sessions_leave_the_timers(monkeypatch):
@@ -158,6 +218,12 @@ def test_sweeping_many_sessions_takes_many_turns(monkeypatch):
     assert all(session.outcome for session in bench.table.by_target.values())
 
 
+def test_the_path_to_the_target_limits_the_mss():
+    bench = Bench()
+    bench.table._path_mss = {TARGET: 1000}.__getitem__
+    assert bench.open(1).target.mss == 1000
+
+
 def test_busy_counts_what_is_not_through():
     bench = Bench()
     for number in range(3):
@@ -175,6 +241,17 @@ def test_a_session_says_where_it_is():
     session = Bench().open(1)
     assert session.state is State.ESTABLISHED and session.outcome is None
     assert session.hop is None and session.flow is None
+
+
+def test_an_idle_session_gives_up_what_the_sender_made_for_it():
+    """It is a fifth of what an idle session costs; the sender makes it anew when it is None."""
+    bench = Bench()
+    session = bench.open(1)
+    session.flow, session.hop = "flow", "hop"
+    bench.until(bench.table.rules.keepalive_ns - SECOND)
+    assert (session.flow, session.hop) == ("flow", "hop")
+    bench.until(bench.table.rules.keepalive_ns + 5 * SECOND)
+    assert session.flow is None and session.hop is None
 
 
 @pytest.mark.parametrize("sessions", [2000])
