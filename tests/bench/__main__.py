@@ -29,6 +29,7 @@ from .report import Ceiling
 
 #: Of the machine, before the first cell.
 _NOISY_SHARE = 0.05
+_IDLE_CLOCK_ERROR = 0.1
 
 
 @dataclass
@@ -210,9 +211,11 @@ def _document(builds: dict[str, str], replayers: list[Replayer]) -> dict[str, An
         ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty"],
         capture_output=True, text=True, cwd=Path(__file__).parent,
     )  # fmt: skip
+    background = machine.background()
     return {
         "machine": machine.describe(),
-        "background": round(machine.background(), 4),
+        "background": round(background, 4),
+        "idle_clock_error": round(machine.idle_clock_error(background), 4),
         "command": ["python3", "-m", "tests.bench", *sys.argv[1:]],
         "pycopy": commit.stdout.strip(),
         "builds": builds,
@@ -249,6 +252,11 @@ def _run(given: argparse.Namespace) -> int:
         _say(
             f"warning: {document['background']:.0%} of the machine is busy with something else:"
             " the figures are not to be trusted"
+        )
+    elif abs(document["idle_clock_error"]) > _IDLE_CLOCK_ERROR:
+        _say(
+            f"warning: idle time is off by {document['idle_clock_error']:.0%} for short work:"
+            " figures of the machine are not to be trusted, those of processes are"
         )
     with compiled() as program:
         bench = Bench(program, given.seconds, not given.no_bpf_stats)

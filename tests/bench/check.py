@@ -64,8 +64,7 @@ def check(cells: list[Cell], ceilings: list[Ceiling]) -> list[Line]:
     return [*lines, *_losses(cells)]
 
 
-def _rounds(group: Group, name: str) -> str:
-    count = len(group.cells(name))
+def _rounds(count: int) -> str:
     return f"n={count}" if count >= ROUNDS else f"n={count}, {ROUNDS} are wanted"
 
 
@@ -81,12 +80,13 @@ def _at_most(
                 if value is None:
                     continue
                 found = True
-                enough = len(group.cells(name)) >= ROUNDS
+                full = limits is MACHINE_RATIO and group.full(name)
                 yield Line(
                     f"{title}, {load} {rate:,}/s, {name}",
-                    f"{value:.3f}, {_rounds(group, name)}",
+                    f"{value:.3f}, {_rounds(len(group.cells(name)))}"
+                    + (", but the machine was full" if full else ""),
                     f"at most {limit}",
-                    value <= limit and enough,
+                    value <= limit and not full and len(group.cells(name)) >= ROUNDS,
                 )
         if not found:
             yield Line(f"{title}, {load}", "not measured", f"at most {limit}", None)
@@ -107,6 +107,7 @@ def _ceiling(load: str, found: list[Ceiling]) -> Iterator[Line]:
     if not mine or not (theirs or servers):
         yield Line(title, "not measured", limit, None)
     for name, rate in mine.items():
+        rounds = sum(one.replayer == name for one in found)
         said, passed = [f"{rate:,.0f}/s"], False
         if theirs:
             original = max(theirs.values())
@@ -116,7 +117,8 @@ def _ceiling(load: str, found: list[Ceiling]) -> Iterator[Line]:
             which = min(servers, key=lambda one: servers[one])
             said.append(f"{rate / max(1, servers[which]):.2f} x {servers[which]:,.0f}/s ({which})")
             passed = passed or rate >= CEILING_REACHED * servers[which]
-        yield Line(f"{title}, {name}", ", ".join(said), limit, passed)
+        said.append(_rounds(rounds))
+        yield Line(f"{title}, {name}", ", ".join(said), limit, passed and rounds >= ROUNDS)
 
 
 def _kernel_share(cost: dict[tuple[str, int], Group]) -> Iterator[Line]:

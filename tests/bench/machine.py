@@ -139,6 +139,24 @@ def background(seconds: float = 1.0) -> float:
     return 1 - Moment.now().idle_share_since(before)
 
 
+def idle_clock_error(background_share: float, seconds: float = 2.0) -> float:
+    """How far the idle clock is off: bursts of work far shorter than a tick, held against it.
+
+    0 is exact; waking up is no work of this process, so a few per cent are as they should be.
+    """
+    before, used_ns = Moment.now(), time.process_time_ns()
+    end_s = before.wall_s + seconds
+    while time.monotonic() < end_s:
+        burst_end_s = time.monotonic() + 300e-6
+        while time.monotonic() < burst_end_s:
+            pass
+        time.sleep(300e-6)
+    used_ns = time.process_time_ns() - used_ns
+    after = Moment.now()
+    cores_ns = (after.wall_s - before.wall_s) * 1e9 * (os.cpu_count() or 1)
+    return (after.busy_ns_since(before) - background_share * cores_ns) / used_ns - 1
+
+
 def describe() -> dict[str, Any]:
     """The machine, as far as it matters for what is measured here."""
     return {

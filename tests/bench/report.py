@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from .cell import Cell
 
+#: With so little idle time what is added shows in latencies and not in time.
+FULL_SHARE = 0.03
 Key = tuple[str, str, int]  #: stage, load, rate
 
 
@@ -69,6 +71,10 @@ class Group:
             for cell, alone in pairs
         )
 
+    def full(self, name: str) -> bool:
+        """The machine had no time left in one of its rounds."""
+        return any(cell.idle_share < FULL_SHARE for cell in self.cells(name))
+
     def own_us(self, name: str) -> dict[int, float]:
         return {cell.round: cell.own_us for cell in self.cells(name)}
 
@@ -106,9 +112,6 @@ def groups(cells: Iterable[Cell]) -> dict[Key, Group]:
     return {key: Group(mine) for key, mine in sorted_out.items()}
 
 
-#: With so little idle time what is added shows in latencies and not in time.
-FULL_SHARE = 0.03
-
 HEADINGS = (
     "stage", "load", "rate", "replayer", "n", "asked", "lost", "machine", "+machine", "ratio",
     "replay", "intercept", "bpf", "ratio", "p50", "p99", "p99/none", "MB", "in kernel",
@@ -136,7 +139,7 @@ def rows(key: Key, group: Group) -> list[tuple[str, ...]]:
                 str(max(cell.lost for cell in cells)),
                 _number(_mid(cells, "machine_us")),
                 _number(_median(group.added_us(name).values()) if replays else None)
-                + ("!" if replays and min(cell.idle_share for cell in cells) < FULL_SHARE else ""),
+                + ("!" if group.added_us(name) and replays and group.full(name) else ""),
                 _ratio(group.ratio(name, group.added_us) if replays else None),
                 *(
                     _number(_mid(cells, part) if replays else None)

@@ -11,7 +11,7 @@ def cells(replayer, kind, machine_us, *, stage="cost", own_us=0.0, load="keepali
     return [
         Cell(
             replayer, kind, load, 4000, stage, number, requests=100, answered=100, online=100,
-            machine_us=value, replay_us=own_us, **more,
+            machine_us=value, replay_us=own_us, **{"idle_share": 0.5, **more},
         )
         for number, value in enumerate(machine_us)
     ]  # fmt: skip
@@ -71,6 +71,13 @@ def test_check_passes_and_fails_at_its_limits():
 def test_fewer_rounds_are_no_pass():
     run = [one for one in run_of(60) if one.round < 4]
     assert not any(passed for what, passed in verdicts(run).items() if "machine time" in what)
+
+
+def test_on_a_full_machine_nothing_that_was_added_is_a_pass():
+    full, half = run_of(60, idle_share=0.01), run_of(60)
+    assert any(passed for what, passed in verdicts(half).items() if "machine time" in what)
+    assert not any(passed for what, passed in verdicts(full).items() if "machine time" in what)
+    assert "30.0!" not in report.table(half) and "10.0!" in report.table(full)
 
 
 def test_the_ledger_says_what_stayed_in_the_kernel():
