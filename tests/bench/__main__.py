@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check", action="store_true",
         help="costs, ceilings, latency at half the ceiling, loss and uploads, held against"
-        " the requirement of the fast path; takes an hour with all replayers",
+        " the requirement of the fast path; takes two or three hours with all replayers",
     )  # fmt: skip
     parser.add_argument("--json", default="", metavar="FILE", help="write every cell here")
     parser.add_argument(
