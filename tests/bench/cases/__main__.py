@@ -20,8 +20,8 @@ from pycopy.errors import EXIT_INTERRUPTED, PycopyError
 from pycopy.lab.copying import Placement
 from pycopy.lab.topology import require_root
 
-from .. import machine, replayers
-from . import impaired, life
+from .. import machine
+from . import impaired, life, replayers
 from .scene import Case, Row, measure
 
 #: After the load's end; a segment lost five times running is repeated within 6 s.

@@ -20,7 +20,7 @@ from pycopy.lab.topology import Lab
 from tests.lab.databases import Database, streams
 from tests.lab.impair import Impairment, impair_leg
 
-from .. import replayers
+from . import replayers
 
 #: What a server was asked, or holds: so many of each.
 Things = Counter[Hashable]
