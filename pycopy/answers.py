@@ -93,7 +93,9 @@ class OwnAnswers:
         self._ports = selfports.choose_range(self._config.self_ports)
         selfports.hold_range(self._ports)
         self._usable = selfports.choose_ports(self._ports)
-        return SelfPorts(self._usable, lambda target: self._hops.resolve(target).source)
+        # The kernel, which opens sessions as well, takes them in turn from the first one on.
+        half_way = len(self._usable) // 2
+        return SelfPorts(self._usable, lambda target: self._hops.resolve(target).source, half_way)
 
     def may_stay_in_kernel(self) -> str:
         return ""

@@ -124,11 +124,15 @@ class SelfPorts:
     may keep the old connection in TIME_WAIT for a minute.
     """
 
-    def __init__(self, ports: Sequence[int], source_for: Callable[[bytes], bytes]) -> None:
-        """``ports``: the reserved ones, none in use; ``source_for(target_addr)``: our address."""
+    def __init__(
+        self, ports: Sequence[int], source_for: Callable[[bytes], bytes], first: int = 0
+    ) -> None:
+        """``ports``: the reserved ones, none in use; ``source_for(target_addr)``: our address;
+        ``first``: index of the port to begin with.
+        """
         self._ports = ports
         self._source_for = source_for
-        #: From the middle on: the kernel, which opens sessions as well, begins with the first.
+        self._first = first
         self._next: dict[tuple[bytes, int], int] = {}
 
     def allocate(
@@ -137,7 +141,7 @@ class SelfPorts:
     ) -> bytes | None:  # fmt: skip
         source = self._source_for(target_addr)
         ports, target = self._ports, (target_addr, target_port)
-        position = self._next.get(target, len(ports) // 2)
+        position = self._next.get(target, self._first)
         for _ in range(min(len(ports), TRIES)):
             key = KEY.pack(source, target_addr, ports[position], target_port)
             position = (position + 1) % len(ports)

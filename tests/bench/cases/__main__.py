@@ -160,7 +160,7 @@ def main() -> int:
         signal.signal(number, signal.default_int_handler)
     rows: list[Row] = []
     status = 0
-    print(machine.describe())
+    print(machine.one_line(machine.describe()))
     print(heading(), flush=True)
     try:
         _run(cases, names, given, rows)
