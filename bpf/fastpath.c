@@ -69,15 +69,24 @@ static __always_inline u32 pycopy_next_slot(u32 *at, int all)
 	return PYCOPY_NO_SLOT;
 }
 
-/* Why the session needs user space now, or a number that is no reason. */
+/* Why the session needs user space now, or a number that is no reason.  The long limits
+ * only where all sessions are looked at: as session.on_sweep().
+ */
 static __always_inline u16 pycopy_needs(const struct pycopy_session *s,
-					const struct pycopy_fast_config *config, u64 now_ns)
+					const struct pycopy_fast_config *config, u64 now_ns,
+					int all)
 {
 	u64 quiet_ns = 4 * s->srtt_ns, silent_ns = now_ns - s->progress_ns;
 	u64 unheard_ns = now_ns - s->client_ns;
 
-	if (pycopy_in_flight(s))
-		return now_ns >= s->rto_at ? PYCOPY_LEFT_TIMEOUT : PYCOPY_LEFT_REASONS;
+	if (pycopy_in_flight(s)) {
+		if (now_ns >= s->rto_at)
+			return PYCOPY_LEFT_TIMEOUT;
+		if (all && silent_ns >= config->response_idle_ns &&
+		    unheard_ns >= config->response_idle_ns)
+			return PYCOPY_LEFT_SILENT;
+		return PYCOPY_LEFT_REASONS;
+	}
 	if (s->held) {
 		if (quiet_ns < config->quiet_ns)
 			quiet_ns = config->quiet_ns;
@@ -89,7 +98,7 @@ static __always_inline u16 pycopy_needs(const struct pycopy_session *s,
 			return PYCOPY_LEFT_SILENT;
 		return PYCOPY_LEFT_REASONS;
 	}
-	if (unheard_ns >= config->idle_ns &&
+	if (all && unheard_ns >= config->idle_ns &&
 	    (silent_ns >= config->idle_ns || s->state == PYCOPY_FIN_WAIT_2))
 		return PYCOPY_LEFT_SILENT;
 	return PYCOPY_LEFT_REASONS;
@@ -112,7 +121,7 @@ static __always_inline void pycopy_expire(struct pycopy_session *s, struct pycop
 }
 
 static __always_inline void pycopy_look(struct __sk_buff *ctx, u32 slot, struct pycopy_work *work,
-					struct pycopy_fast_config *config, u64 *counts)
+					struct pycopy_fast_config *config, u64 *counts, int all)
 {
 	struct pycopy_session *s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &slot);
 	u64 now_ns = pycopy_now(config);
@@ -131,7 +140,7 @@ static __always_inline void pycopy_look(struct __sk_buff *ctx, u32 slot, struct 
 	}
 	if (s->owner == PYCOPY_KERNEL && s->state != PYCOPY_TIME_WAIT) {
 		bpf_spin_lock(&s->lock);
-		why = pycopy_needs(s, config, now_ns);
+		why = pycopy_needs(s, config, now_ns, all);
 		if (why < PYCOPY_LEFT_REASONS && pycopy_is_ours(s, &work->flow))
 			left = pycopy_leave(s, why);
 		bpf_spin_unlock(&s->lock);
@@ -158,6 +167,7 @@ int pycopy_timer(struct __sk_buff *ctx)
 	u64 *counts = pycopy_fast_counts();
 	u32 zero = 0, slot, *at = cursor.lookup(&zero), mark = ctx->mark;
 	struct pycopy_work *work = pycopy_work_of_cpu();
+	int all;
 
 	if (!config || !counts || !work || !at || mark == PYCOPY_TIMER_DONE)
 		return PYCOPY_TIMER_DONE;
@@ -165,12 +175,13 @@ int pycopy_timer(struct __sk_buff *ctx)
 		*at = 0;
 		mark += PYCOPY_TIMER_GO_ON - PYCOPY_TIMER_BEGIN;
 	}
-	slot = pycopy_next_slot(at, mark == PYCOPY_TIMER_GO_ON_ALL);
+	all = mark == PYCOPY_TIMER_GO_ON_ALL;
+	slot = pycopy_next_slot(at, all);
 	if (*at >= PYCOPY_SLOTS + 1)
 		mark = PYCOPY_TIMER_DONE;
 	if (slot != PYCOPY_NO_SLOT && slot < PYCOPY_SLOTS) {
 		ctx->mark = 0; /* what is sent from here is marked as nothing else is */
-		pycopy_look(ctx, slot, work, config, counts);
+		pycopy_look(ctx, slot, work, config, counts, all);
 	}
 	ctx->mark = mark;
 	return mark;
@@ -186,7 +197,7 @@ int pycopy_control(struct __sk_buff *ctx)
 	u64 *counts = pycopy_fast_counts();
 	struct pycopy_session *s;
 	u32 slot;
-	int done = 0;
+	int done = 0, expired = 0;
 
 	if (data + sizeof(*command) > data_end || !counts)
 		return 1;
@@ -211,7 +222,9 @@ int pycopy_control(struct __sk_buff *ctx)
 		s->owner = PYCOPY_KERNEL;
 		done = PYCOPY_GIVE;
 	} else if (command->request == PYCOPY_DROP && s->generation == command->generation &&
-		   s->owner == PYCOPY_USER) {
+		   (s->owner == PYCOPY_USER ||
+		    (s->owner == PYCOPY_KERNEL && s->state == PYCOPY_TIME_WAIT))) {
+		expired = s->owner == PYCOPY_KERNEL;
 		s->owner = PYCOPY_FREE;
 		s->generation++;
 		done = PYCOPY_DROP;
@@ -228,6 +241,7 @@ int pycopy_control(struct __sk_buff *ctx)
 		pycopy_watch(slot);
 	} else {
 		pycopy_map_push(PYCOPY_MAP(PYCOPY_MAP_SLOTS), &slot, 0);
+		counts[PYCOPY_FAST_EXPIRED] += expired;
 	}
 	return 0;
 }
