@@ -105,6 +105,16 @@ static __always_inline u32 pycopy_tsval(const struct pycopy_fast_config *config)
 	return pycopy_now(config) / 1000000 + config->timestamp_origin;
 }
 
+/* How much room pycopy_put_syn_options() needs. */
+static __always_inline u32 pycopy_syn_options_bytes(u8 options)
+{
+	u32 bytes = options & PYCOPY_OPT_WSCALE ? 8 : 4;
+
+	if (options & PYCOPY_OPT_TIMESTAMPS)
+		return bytes + 12;
+	return options & PYCOPY_OPT_SACK_PERM ? bytes + 4 : bytes;
+}
+
 /* rewrite.options_of() for a SYN, into what the client's own options took: non-zero
  * if that is too little.
  */

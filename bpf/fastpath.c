@@ -70,15 +70,24 @@ static __always_inline u32 pycopy_next_slot(u32 *at, int all)
 	return PYCOPY_NO_SLOT;
 }
 
-/* Why the session needs user space now, or a number that is no reason. */
+/* Why the session needs user space now, or a number that is no reason.  The long limits
+ * only where all sessions are looked at: as session.on_sweep().
+ */
 static __always_inline u16 pycopy_needs(const struct pycopy_session *s,
-					const struct pycopy_fast_config *config, u64 now_ns)
+					const struct pycopy_fast_config *config, u64 now_ns,
+					int all)
 {
 	u64 quiet_ns = 4 * s->srtt_ns, silent_ns = now_ns - s->progress_ns;
 	u64 unheard_ns = now_ns - s->client_ns;
 
-	if (pycopy_in_flight(s))
-		return now_ns >= s->rto_at ? PYCOPY_LEFT_TIMEOUT : PYCOPY_LEFT_REASONS;
+	if (pycopy_in_flight(s)) {
+		if (now_ns >= s->rto_at)
+			return PYCOPY_LEFT_TIMEOUT;
+		if (all && silent_ns >= config->response_idle_ns &&
+		    unheard_ns >= config->response_idle_ns)
+			return PYCOPY_LEFT_SILENT;
+		return PYCOPY_LEFT_REASONS;
+	}
 	if (s->held) {
 		if (quiet_ns < config->quiet_ns)
 			quiet_ns = config->quiet_ns;
@@ -90,7 +99,7 @@ static __always_inline u16 pycopy_needs(const struct pycopy_session *s,
 			return PYCOPY_LEFT_SILENT;
 		return PYCOPY_LEFT_REASONS;
 	}
-	if (unheard_ns >= config->idle_ns &&
+	if (all && unheard_ns >= config->idle_ns &&
 	    (silent_ns >= config->idle_ns || s->state == PYCOPY_FIN_WAIT_2))
 		return PYCOPY_LEFT_SILENT;
 	return PYCOPY_LEFT_REASONS;
@@ -137,7 +146,7 @@ static __always_inline int pycopy_forgive(struct pycopy_session *s, struct pycop
 
 /* Zero: nothing is pending. */
 static __always_inline u32 pycopy_look(struct __sk_buff *ctx, u32 slot, struct pycopy_work *work,
-					struct pycopy_fast_config *config, u64 *counts)
+					struct pycopy_fast_config *config, u64 *counts, int all)
 {
 	struct pycopy_session *s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &slot);
 	u64 now_ns = pycopy_now(config);
@@ -156,7 +165,7 @@ static __always_inline u32 pycopy_look(struct __sk_buff *ctx, u32 slot, struct p
 	}
 	if (s->owner == PYCOPY_KERNEL && s->state != PYCOPY_TIME_WAIT) {
 		bpf_spin_lock(&s->lock);
-		why = pycopy_needs(s, config, now_ns);
+		why = pycopy_needs(s, config, now_ns, all);
 		if (why < PYCOPY_LEFT_REASONS && why != PYCOPY_LEFT_QUIET && pycopy_is_ours(s, &work->flow))
 			left = pycopy_leave(s, why);
 		bpf_spin_unlock(&s->lock);
@@ -202,7 +211,7 @@ int pycopy_timer(struct __sk_buff *ctx)
 		mark = PYCOPY_TIMER_DONE;
 	if (slot < PYCOPY_SLOTS) {
 		ctx->mark = 0; /* what is sent from here is marked as nothing else is */
-		seen |= pycopy_look(ctx, slot, work, config, counts);
+		seen |= pycopy_look(ctx, slot, work, config, counts, all);
 	}
 	ctx->mark = mark | seen;
 	return mark | seen;
@@ -246,7 +255,8 @@ int pycopy_control(struct __sk_buff *ctx)
 		s->owner = PYCOPY_KERNEL;
 		done = PYCOPY_GIVE;
 	} else if (command->request == PYCOPY_DROP && s->generation == command->generation &&
-		   s->owner == PYCOPY_USER) {
+		   (s->owner == PYCOPY_USER ||
+		    (s->owner == PYCOPY_KERNEL && s->state == PYCOPY_TIME_WAIT))) {
 		s->owner = PYCOPY_FREE;
 		s->generation++;
 		done = PYCOPY_DROP;

@@ -141,8 +141,10 @@ static __always_inline int pycopy_open(PYCOPY_CTX *ctx, struct pycopy_packet *pa
 	u32 slot, mss = segment->mss ? segment->mss : 0xffff;
 	long failed = -1;
 
+	/* The copy has the client's header, and a client without options has no room for ours. */
 	if (PYCOPY_L2_BYTES != 14 || config->closed || segment->seg_len || !hop || !hop->usable ||
 	    hop->family != packet->family ||
+	    pycopy_syn_options_bytes(segment->options) > tcp_header_bytes - 20 ||
 	    packet->tcp_at != PYCOPY_L2_BYTES + (packet->family == 4 ? 20 : 40))
 		return PYCOPY_TO_USER;
 	if (pycopy_map_pop(PYCOPY_MAP(PYCOPY_MAP_SLOTS), &slot))
@@ -199,7 +201,7 @@ static __always_inline int pycopy_open(PYCOPY_CTX *ctx, struct pycopy_packet *pa
 	s->known = PYCOPY_KNOWN_TIME;
 	s->iss = s->snd_una = segment->seq;
 	s->online_snd_nxt = s->snd_nxt = s->timed_end = segment->seq + 1;
-	s->online_irs = s->online_rcv_nxt = s->online_need = s->sent_need = 0;
+	s->online_irs = s->online_rcv_nxt = s->online_need = s->sent_need = s->given_need = 0;
 	s->irs = s->rcv_nxt = s->rcv_acked = s->ts_recent = s->need_base = s->answered = 0;
 	s->snd_wnd = s->snd_wl1 = s->snd_wl2 = 0;
 	s->cwnd = PYCOPY_INITIAL_WINDOW * mss;
@@ -426,6 +428,7 @@ static __always_inline int pycopy_release_one(PYCOPY_CTX *ctx, struct pycopy_ses
 		return PYCOPY_TO_USER;
 	counts[PYCOPY_FAST_RELEASED]++;
 	pycopy_count_hold(counts, now_ns - work->record.time_ns);
+	record->time_ns = now_ns;
 	failed = pycopy_turn_into(ctx, work, hop, config, record);
 	if (!failed && !more) {
 		pycopy_count_out(counts, work->reply.flags, work->record.seg_len, 0);

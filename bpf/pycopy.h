@@ -171,6 +171,7 @@ enum pycopy_left {
 #define PYCOPY_KNOWN_FIN  0x4 /* the client's FIN was captured: its stream is complete */
 #define PYCOPY_KNOWN_TIME 0x8 /* timed_*: a round trip is being measured */
 #define PYCOPY_KNOWN_SENT 0x10 /* sent_need: something was sent */
+#define PYCOPY_KNOWN_GIVEN 0x20 /* given_need: something was put in order before that */
 
 /* Client segments that one session holds back at most. */
 #define PYCOPY_HELD_MAX 8
@@ -197,7 +198,7 @@ struct pycopy_session {
 	__u32 online_rcv_nxt; /* highest acknowledgement of the client */
 	__u32 online_need;    /* acknowledgement of the last segment put in order */
 	__u32 sent_need;      /* of the last one sent */
-	__u32 reserved;
+	__u32 given_need;     /* of the last one before user space gave the session back */
 	__u32 irs;
 	__u32 snd_una;
 	__u32 snd_nxt;
@@ -247,7 +248,7 @@ struct pycopy_log_record {
 	__u32 seg_len;
 	__u32 tcp_flags;
 	__u32 end;	/* seq of what follows, FIN included */
-	__u64 time_ns;	/* when it was captured */
+	__u64 time_ns;	/* when it was captured; once it is sent, when that was */
 	__u64 before;	/* the session's previous record */
 };
 
@@ -283,7 +284,7 @@ struct pycopy_fast_config {
 	__u64 rto_min_ns;
 	__u64 rto_max_ns;
 	__u64 time_wait_ns;
-	__u64 keepalive_ns;
+	__u64 response_idle_ns;
 	__u64 idle_ns;
 	__u32 timestamp_origin;
 	__u32 closed; /* non-zero: open no session */
@@ -296,7 +297,7 @@ enum pycopy_request {
 	PYCOPY_TAKE = 1, /* it is LEAVING; its state comes back, what it logged stays */
 	PYCOPY_HAVE = 2, /* it is USER's: the log has been read */
 	PYCOPY_GIVE = 3, /* it becomes KERNEL's, with the state that comes along */
-	PYCOPY_DROP = 4, /* its slot becomes free */
+	PYCOPY_DROP = 4, /* its slot becomes free: of one of user space's, or in TIME_WAIT */
 };
 
 struct pycopy_command {

@@ -339,6 +339,7 @@ static __always_inline int pycopy_target_arrives(struct pycopy_session *s,
 	s32 ahead = segment->seq - s->rcv_nxt;
 	s32 acked = segment->ack - s->snd_una;
 	u32 wnd = (u32)segment->wnd << (s->snd_wscale & 15);
+	u8 was;
 
 	if (s->state == PYCOPY_SYN_SENT)
 		return pycopy_establish(s, config, segment, now_ns);
@@ -361,8 +362,14 @@ static __always_inline int pycopy_target_arrives(struct pycopy_session *s,
 	if (acked >= 0) {
 		if (acked) {
 			pycopy_acknowledged(s, config, segment->ack, now_ns);
+			was = s->state;
 			if (!pycopy_in_flight(s) && s->known & PYCOPY_KNOWN_FIN)
 				pycopy_fin_acknowledged(s, config, now_ns);
+			/* RFC 9293 3.10.7.4: the end, whatever else is in the segment. */
+			if (was == PYCOPY_LAST_ACK && s->state == PYCOPY_TIME_WAIT) {
+				s->ack_at = 0;
+				return PYCOPY_STEERED;
+			}
 		}
 		/* RFC 9293 3.10.7.4: only a segment that is not older may change the window. */
 		if ((s32)(segment->seq - s->snd_wl1) > 0 ||

@@ -131,6 +131,7 @@ class Left(IntEnum):
 
 
 KNOWN_IRS, KNOWN_NEED, KNOWN_FIN, KNOWN_TIME, KNOWN_SENT = 0x1, 0x2, 0x4, 0x8, 0x10
+KNOWN_GIVEN = 0x20
 
 HELD_MAX = 8
 
@@ -159,7 +160,7 @@ class KernelSession(NamedTuple):
     online_rcv_nxt: int
     online_need: int
     sent_need: int
-    reserved: int
+    given_need: int
     irs: int
     snd_una: int
     snd_nxt: int

@@ -60,6 +60,23 @@ _RESPONSES = {
 NOT_SENT = "IN_KERNEL"
 
 
+def add_to(ledger: Ledger, grown: Sequence[int]) -> None:
+    """Add what the kernel has counted (``enum pycopy_fast_count``) to the ledger."""
+    for fast, count in _COUNTS.items():
+        ledger.counts[count] += grown[fast]
+    for fast, fate in _FATES.items():
+        ledger.fates[fate] += grown[fast]
+    ledger.fates[Fate.HELD] -= grown[FastCount.RELEASED]
+    for fast, response in _RESPONSES.items():
+        ledger.responses[response] += grown[fast]
+    ledger.outcomes[Outcome.CLOSED] += grown[FastCount.CLOSED]
+    for bucket in range(len(ledger.hold)):
+        ledger.hold[bucket] += grown[FastCount.HOLD_TIME + bucket]
+    if grown[FastCount.OUT_FAILED]:
+        errors = ledger.send_errors
+        errors[NOT_SENT] = errors.get(NOT_SENT, 0) + grown[FastCount.OUT_FAILED]
+
+
 class FastPath:
     """One run's. Make it, load the programs with ``kernel``, then :meth:`start`."""
 
@@ -121,19 +138,7 @@ class FastPath:
         ledger, now = self._ledger, self.kernel.counters()
         grown = [new - old for new, old in zip(now, self._seen, strict=True)]
         self._seen = now
-        for fast, count in _COUNTS.items():
-            ledger.counts[count] += grown[fast]
-        for fast, fate in _FATES.items():
-            ledger.fates[fate] += grown[fast]
-        ledger.fates[Fate.HELD] -= grown[FastCount.RELEASED]
-        for fast, response in _RESPONSES.items():
-            ledger.responses[response] += grown[fast]
-        ledger.outcomes[Outcome.CLOSED] += grown[FastCount.CLOSED]
-        for bucket in range(len(ledger.hold)):
-            ledger.hold[bucket] += grown[FastCount.HOLD_TIME + bucket]
-        if grown[FastCount.OUT_FAILED]:
-            errors = ledger.send_errors
-            errors[NOT_SENT] = errors.get(NOT_SENT, 0) + grown[FastCount.OUT_FAILED]
+        add_to(ledger, grown)
         ledger.active += active(now)
         ledger.fastpath = self._section(now)
 

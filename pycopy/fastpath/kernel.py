@@ -79,8 +79,8 @@ class KernelSessions:
         """The times and choices of the run."""
         self._config[1:10] = [
             rules.quiet_ns, rules.quiet_max_ns, rules.delayed_ack_ns, rules.rto_initial_ns,
-            rules.rto_min_ns, rules.rto_max_ns, rules.time_wait_ns, rules.keepalive_ns,
-            rules.idle_ns,
+            rules.rto_min_ns, rules.rto_max_ns, rules.time_wait_ns,
+            rules.response_idle_ns, rules.idle_ns,
         ]  # fmt: skip
         self._config[10] = rules.timestamp_origin
         self._config[12] = int(rules.wait_for_response)
@@ -204,8 +204,11 @@ class KernelSessions:
 
     # -- sessions of user space's own -----------------------------------------------------
 
-    def claim(self, target_key: bytes) -> bool:
-        """Enter a connection to the target that user space opens; False if the kernel has it."""
+    def claim(self, target_key: bytes, over_lingering: bool = False) -> bool:
+        """Enter a connection to the target that user space opens; False if the kernel has it.
+
+        ``over_lingering``: one that is over, and only waits for what may come late, gives way.
+        """
         targets, flow = self._by_name["targets"], abi.FLOW.pack(abi.NO_SLOT, 0)
         if link.map_insert(targets.fd, target_key, flow):
             return True
@@ -215,7 +218,11 @@ class KernelSessions:
                 self._drop_slot(target_key)
                 targets.update(target_key, flow)
                 return True
-        return False
+        lingers = targets.lookup(target_key) if over_lingering else None
+        if lingers is None or not self._drop(*abi.FLOW.unpack(lingers)):
+            return False
+        targets.update(target_key, flow)
+        return True
 
     def own_online(self, online_key: bytes) -> None:
         """The connection online has a session in user space."""
@@ -254,7 +261,11 @@ class KernelSessions:
     def _drop_slot(self, target_key: bytes) -> None:
         fetched = self._fetched.pop(target_key, None)
         if fetched is not None:
-            self._command(abi.DROP, *fetched, bytes(abi.KERNEL_SESSION.size))
+            self._drop(*fetched)
+
+    def _drop(self, slot: int, generation: int) -> bool:
+        command = abi.DROP, slot, generation, bytes(abi.KERNEL_SESSION.size)
+        return slot != abi.NO_SLOT and self._command(*command) is not None
 
     # -- time, and what it shows ----------------------------------------------------------
 

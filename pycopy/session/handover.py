@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from pycopy.abi import (
     KNOWN_FIN,
+    KNOWN_GIVEN,
     KNOWN_IRS,
     KNOWN_NEED,
     KNOWN_SENT,
@@ -111,7 +112,7 @@ def _target(kernel: KernelSession, host: Host) -> Target:
 def _take_log(session: Session, kernel: KernelSession, logged: Sequence[Logged]) -> None:
     """Make flight and queue of what the log has."""
     online, target = session.online, session.target
-    last_need: int | None = None
+    last_need = _need_before(kernel, online, logged[0][0]) if logged else None
     for record, data in logged:
         pos = _sent_position(kernel, record.seq)
         need = _need(kernel, online, record.ack)
@@ -120,7 +121,7 @@ def _take_log(session: Session, kernel: KernelSession, logged: Sequence[Logged])
         chunk = Chunk(pos, data, record.tcp_flags, last_need, record.time_ns)
         if chunk.end <= target.snd_una:
             continue  # acknowledged: only there to say where a request began
-        chunk.boundary = boundary or pos == 1
+        chunk.boundary = boundary
         if chunk.pos >= target.snd_nxt:
             online.queue.append(chunk)
             online.held_bytes += len(data)
@@ -129,9 +130,17 @@ def _take_log(session: Session, kernel: KernelSession, logged: Sequence[Logged])
             chunk.trim_front(target.snd_una)
             chunk.boundary = False
         chunk.sent_ns = record.time_ns
-        # It may have been held first: its time says nothing about the path.
-        chunk.resent = True
         target.flight.append(chunk)
+
+
+def _need_before(kernel: KernelSession, online: Online, first: LogRecord) -> int | None:
+    """``need`` of what the client sent before the ``first`` record, as far as it is known."""
+    if not first.before:
+        # There is none: the session began with it, or was given to the kernel before it.
+        return _need(kernel, online, kernel.given_need) if kernel.known & KNOWN_GIVEN else -1
+    if diff(first.seq, kernel.snd_nxt) >= 0 and kernel.known & KNOWN_SENT:
+        return _need(kernel, online, kernel.sent_need)
+    return None
 
 
 def may_give(session: Session) -> bool:
@@ -163,7 +172,7 @@ def describe(session: Session) -> KernelSession:
     known = KNOWN_IRS
     need = 0
     if online.queue_need >= 0:
-        known |= KNOWN_NEED | KNOWN_SENT
+        known |= KNOWN_NEED | KNOWN_SENT | KNOWN_GIVEN
         need = (irs + online.queue_need + 1) & MASK
     return KernelSession(
         lock=0, generation=0, owner=Owner.KERNEL, state=session.state.value,
@@ -171,7 +180,7 @@ def describe(session: Session) -> KernelSession:
         rcv_wscale=target.rcv_wscale, held=0, held_first=0, service=session.service,
         mss=target.mss, smss=target.smss, left=0, known=known, iss=target.iss,
         online_irs=irs, online_snd_nxt=sent, online_rcv_nxt=client_ack, online_need=need,
-        sent_need=need, reserved=0, irs=target.irs, snd_una=sent, snd_nxt=sent,
+        sent_need=need, given_need=need, irs=target.irs, snd_una=sent, snd_nxt=sent,
         snd_wnd=target.snd_wnd, snd_wl1=(target.irs + target.snd_wl1) & MASK,
         snd_wl2=(target.iss + target.snd_wl2) & MASK, rcv_nxt=rcv_nxt,
         rcv_acked=(target.irs + target.rcv_acked) & MASK, ts_recent=target.ts_recent,

@@ -68,7 +68,7 @@ class Kernel(Protocol):
 
     def give(self, session: KernelSession) -> bool: ...
 
-    def claim(self, target_key: bytes) -> bool: ...
+    def claim(self, target_key: bytes, over_lingering: bool = False) -> bool: ...
 
     def own_online(self, online_key: bytes) -> None: ...
 
@@ -303,7 +303,7 @@ class Table:
             if session.outcome is None and session.state is not State.TIME_WAIT:
                 return False
             session.expire()
-        return self.kernel is None or self.kernel.claim(target_key)
+        return self.kernel is None or self.kernel.claim(target_key, over_lingering=True)
 
     def _is_unused(self, target_key: bytes) -> bool:
         """True if not even a lingering session had ``target_key``.

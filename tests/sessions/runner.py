@@ -102,26 +102,25 @@ def options_text(options, irs):
 class Connection:
     """A connection to the target as the script counts them."""
 
-    def __init__(self, session, iss):
-        self.session, self.key = session, session.target_key
+    def __init__(self, session, key, iss):
+        self.session, self.key = session, key
         self.iss, self.irs = iss, TARGET_IRS
 
 
 class Script:
-    """One run of one script."""
+    """One run of one script; what executes it is the table, here."""
 
-    def __init__(self, text, family=4):
+    def __init__(self, text, family=4, addresses=None, start_ns=0):
         self.lines = [line.strip() for line in text.splitlines()]
         self.family = family
-        self.now_ns = 0
+        self.now_ns = start_ns
         self.rules = Rules()
         self.ledger = Ledger()
         self.iss = {}  # connection key -> the client's initial sequence numbers, latest last
         self.connections = []  # in order of their first segment
         self.sent = deque()  # (time, text with options, text without)
         self.transcript = []
-        server, self.target_addr = ADDRESSES[family][1:]
-        self.server = server
+        self.client_addr, self.server, self.target_addr = addresses or ADDRESSES[family]
         services = [(self.target_addr, 80), (self.target_addr, 81)]
         self.table = Table(
             self.rules, self.ledger, KeptAddresses(), services, lambda addr: 1460, self.now_ns
@@ -136,7 +135,7 @@ class Script:
                     raise Failed(self.explain(number, line, failure)) from None
         self.expect_nothing()
         self.check_ledger()
-        self.table.end_all(self.now_ns)
+        self.star_end()
         self.check_ledger()
         if self.ledger.fates[Fate.HELD] or self.table.by_target or self.table.by_online:
             raise Failed("something is left when the run is over")
@@ -178,28 +177,37 @@ class Script:
     def collect(self):
         """Take the outbox away, as the sender does, and write it as a script does."""
         for session, flags, seq, ack, tsval, data in self.table.outbox:
-            number, connection = self.connection_of(session, seq)
-            start = diff(seq, connection.iss)
-            who = f"target/{number}" if number > 1 else "target"
-            text = f"{who} > {flags_text(flags)} {start}:{start + len(data)}({len(data)})"
-            if flags & ACK:
-                text += f" ack {(ack - connection.irs) & MASK}"
-            elif ack != 0:
-                text += f" with {ack} where an ack would be"
-            options = options_text(rewrite.options_of(session, flags, tsval), connection.irs)
-            full = f"{text} <{options}>"
-            if data != pattern(start, len(data)):
-                full = text = text + " with other bytes than captured"
-            self.sent.append((self.now_ns, full, text))
+            connection = self.connection_of(session, seq)
+            options = rewrite.options_of(session, flags, tsval)
+            self.write(connection, flags, seq, ack, options, data)
         self.table.outbox.clear()
 
+    def write(self, connection, flags, seq, ack, options, data):
+        """Something was sent: remember it as a script writes it."""
+        number = self.connections.index(connection) + 1
+        start = diff(seq, connection.iss)
+        who = f"target/{number}" if number > 1 else "target"
+        text = f"{who} > {flags_text(flags)} {start}:{start + len(data)}({len(data)})"
+        if flags & ACK:
+            text += f" ack {(ack - connection.irs) & MASK}"
+        elif ack != 0:
+            text += f" with {ack} where an ack would be"
+        full = f"{text} <{options_text(options, connection.irs)}>"
+        if data != pattern(start, len(data)):
+            full = text = text + " with other bytes than captured"
+        self.sent.append((self.now_ns, full, text))
+
     def connection_of(self, session, seq):
-        for number, connection in enumerate(self.connections, 1):
+        for connection in self.connections:
             if connection.session is session:
-                return number, connection
-        iss = min(self.iss[session.key], key=lambda each: (seq - each) & MASK)
-        self.connections.append(Connection(session, iss))
-        return len(self.connections), self.connections[-1]
+                return connection
+        return self.connect(session, session.key, session.target_key, seq)
+
+    def connect(self, session, online_key, target_key, seq):
+        """Another connection to the target has sent its first segment."""
+        iss = min(self.iss[online_key], key=lambda each: (seq - each) & MASK)
+        self.connections.append(Connection(session, target_key, iss))
+        return self.connections[-1]
 
     def expect(self, match):
         text = " ".join(match[0].split(None, 1)[1].split())
@@ -228,20 +236,25 @@ class Script:
         edges = options.pop("edges", ())
         fields = {"tcp_flags": flags, "wnd": int(match["win"] or 65535), "seg_len": size, **options}
         if match["who"] == "client":
-            addresses = ADDRESSES[self.family][0] + self.server
-            key = addresses + struct.pack("!HH", 40000 + number, 8080 + service)
+            key = self.online_key(number, service)
             iss = self.iss.setdefault(key, [1_000_000 * number])[-1]
             seg = self.segment(
                 KIND_CLIENT, key, iss + seq, ONLINE_IRS + ack, service=service,
                 payload_bytes=size, **self.sack(ONLINE_IRS, edges), **fields,
             )  # fmt: skip
-            self.table.on_client(seg, pattern(seq + bool(flags & SYN), size), self.now_ns)
+            self.on_client(seg, pattern(seq + bool(flags & SYN), size))
             return
         connection = self.connection(number)
         seg = self.segment(
             KIND_TARGET, connection.key, connection.irs + seq, connection.iss + ack,
             **self.sack(connection.iss, edges), **fields,
         )  # fmt: skip
+        self.on_target(seg)
+
+    def on_client(self, seg, payload):
+        self.table.on_client(seg, payload, self.now_ns)
+
+    def on_target(self, seg):
         self.table.on_target(seg, self.now_ns)
 
     def connection(self, number):
@@ -252,12 +265,13 @@ class Script:
     def too_big(self, match):
         connection = self.connection(int(match["number"] or 1))
         seq, mtu = connection.iss + int(match["seq"]), self.mtu(match["mss"])
-        self.table.on_target(
-            self.segment(KIND_TOO_BIG, connection.key, seq, 0, mss=mtu), self.now_ns
-        )
+        self.on_target(self.segment(KIND_TOO_BIG, connection.key, seq, 0, mss=mtu))
 
     def mtu(self, mss):
         return int(mss) + (40 if self.family == 4 else 60)
+
+    def online_key(self, number, service):
+        return KEY.pack(self.client_addr, self.server, 40000 + number, 8080 + service)
 
     @staticmethod
     def sack(base, edges):
@@ -320,9 +334,8 @@ class Script:
 
     def star_iss(self, number, value):
         """Give a client another initial sequence number."""
-        addresses = ADDRESSES[self.family][0] + self.server
         for service in range(2):
-            key = addresses + struct.pack("!HH", 40000 + int(number), 8080 + service)
+            key = self.online_key(int(number), service)
             self.iss.setdefault(key, []).append(int(value, 0))
 
     def star_closed_for(self, fate):
@@ -377,11 +390,15 @@ class Script:
 
     def check_ledger(self):
         captured, ended = self.ledger.counts[Count.CAPTURED], sum(self.ledger.fates)
-        held = sum(
-            sum(chunk.records for chunk in session.online.queue) + len(session.online.early)
-            for session in self.table.by_target.values()
-        )
+        held = self.held()
         if captured != ended or held != self.ledger.fates[Fate.HELD]:
             raise Failed(f"captured {captured}, fates sum to {ended}, held in fact {held}")
         if sum(self.ledger.responses) != self.ledger.counts[Count.RESPONSES]:
             raise Failed("not every response has a fate")
+
+    def held(self):
+        """Segments that wait, counted one by one."""
+        return sum(
+            sum(chunk.records for chunk in session.online.queue) + len(session.online.early)
+            for session in self.table.by_target.values()
+        )

@@ -1,0 +1,119 @@
+"""The programs of the fast path, loaded once and run on test packets, with a wire to send to.
+
+What they send (bpf_clone_redirect) leaves through one end of a veth pair and is read from a
+packet socket at the other; what they leave to user space is in ``captured`` and ``responses``.
+"""
+
+import itertools
+import select
+import socket
+import time
+
+from pycopy import abi, link
+from pycopy.abi import KEY
+from pycopy.fastpath.kernel import KernelSessions
+from pycopy.loader import load
+from pycopy.pcapfilter import compile_filter
+from pycopy.prelude import services_prelude
+from pycopy.ring import Ring
+from tests.bpf.harness import RING_BYTES, TC_SHOT, sh
+from tests.sessions.runner import Failed
+
+SLOTS = 32
+ETH_P_ALL = 3
+
+OURS_L2 = bytes(range(62, 74))
+
+#: From any target's port 80 or 81, to any of our ports.
+TARGETS = (
+    "#define PYCOPY_SELF 1\n#define PYCOPY_PORT_LO 1\n#define PYCOPY_PORT_HI 65535\n"
+    "#define PYCOPY_TARGETS(S) \\\n"
+    + " \\\n".join(
+        f"S({port}, " + ", ".join(f"ntohl(packet->src[{i}])" for i in range(4)) + ")"
+        for port in (80, 81)
+    )
+    + "\n"
+)
+
+
+class Programs:
+    """Everything loaded once, in a network namespace of the caller's with a device to send to."""
+
+    def __init__(self):
+        sh("ip link add out type veth peer name wire")
+        for name in ("out", "wire"):
+            sh(f"sysctl -qw net.ipv6.conf.{name}.disable_ipv6=1")
+            sh(f"ip link set {name} mtu 9000 up")
+        self.ifindex = socket.if_nametoindex("out")
+        self.wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+        self.wire.bind(("wire", 0))
+        self.kernel = KernelSessions(2, SLOTS)
+        self.capture, self.captured = self._load(
+            "capture.c", services_prelude([(None, 8080), (None, 8081)], True), {}
+        )
+        self.intercept, self.responses = self._load(
+            "intercept.c", TARGETS, {"PYCOPY_VERDICT_SWALLOW": TC_SHOT, "PYCOPY_CHANNEL_PORT": 0}
+        )
+        self.kernel.load(14)
+        self.numbers = itertools.count(1)
+        self.counts_bytes = 8 * abi.FAST_COUNTS * link.possible_cpus()
+
+    def _load(self, source, prelude, more):
+        module = load(
+            source,
+            defines={
+                "PYCOPY_HOOK_XDP": 0, "PYCOPY_L2_BYTES": 14, "PYCOPY_RING_BYTES": RING_BYTES,
+                **more, **self.kernel.maps.defines(),
+            },
+            prelude=prelude + compile_filter("", 14),
+            map_fds=self.kernel.maps.fds,
+        )  # fmt: skip
+        return module, Ring(module.maps["segments"].fd, RING_BYTES)
+
+    def frames(self, number):
+        """That many frames off the wire: they are there, or on their way across the device."""
+        found = []
+        deadline = time.monotonic() + 5
+        while len(found) < number:
+            left = deadline - time.monotonic()
+            if left < 0 or not select.select([self.wire], [], [], left)[0]:
+                raise Failed(f"{number} frames were counted as sent, {len(found)} arrived")
+            frame = self.wire.recv(1 << 16)
+            if frame[:12] == OURS_L2:
+                found.append(frame)
+        return found
+
+    def slots(self):
+        """Take all that are free."""
+        free = []
+        while (slot := link.stack_pop(self.kernel.maps.by_name["slots"].fd, 4)) is not None:
+            free.append(slot)
+        return free
+
+    def reset(self):
+        """Whatever a script that failed has left behind: the next one begins with nothing."""
+        self.kernel.set_clock(1 << 60)
+        for name in ("targets", "flows"):
+            table = self.kernel.maps.by_name[name]
+            while (key := link.map_next_key(table.fd, None, KEY.size)) is not None:
+                table.delete(key)
+        self.kernel.sweep()
+        list(self.kernel.on_timer())
+        self.slots()
+        self.add_slots([slot.to_bytes(4, "little") for slot in range(SLOTS)])
+        self.kernel._leaving, self.kernel._gone, self.kernel._fetched = [], [], {}
+        self.kernel.maps.by_name["counts"].update(bytes(4), bytes(self.counts_bytes))
+        for ring in (self.captured, self.responses):
+            list(ring.drain(1 << 20))
+
+    def add_slots(self, slots):
+        for slot in slots:
+            link.stack_push(self.kernel.maps.by_name["slots"].fd, slot)
+
+    def close(self):
+        for ring in (self.captured, self.responses):
+            ring.close()
+        for module in (self.capture, self.intercept):
+            module.close()
+        self.kernel.close()
+        self.wire.close()
