@@ -19,7 +19,8 @@
 /* Words of 64 sessions without anything pending that one step passes over. */
 #define PYCOPY_EMPTY_WORDS 64
 
-BPF_ARRAY(cursor, u32, 1);
+/* Where each of the two kinds of passes is. */
+BPF_ARRAY(cursors, u32, 2);
 
 static __always_inline void pycopy_call_attention(const struct pycopy_flow *flow)
 {
@@ -96,8 +97,7 @@ static __always_inline u16 pycopy_needs(const struct pycopy_session *s,
 }
 
 /* TIME_WAIT is over: nothing of the session is left. */
-static __always_inline void pycopy_expire(struct pycopy_session *s, struct pycopy_work *work,
-					  u64 *counts)
+static __always_inline void pycopy_expire(struct pycopy_session *s, struct pycopy_work *work)
 {
 	u32 slot = work->flow.slot;
 
@@ -108,10 +108,35 @@ static __always_inline void pycopy_expire(struct pycopy_session *s, struct pycop
 	bpf_spin_unlock(&s->lock);
 	pycopy_delete(PYCOPY_MAP_TARGETS, &work->key);
 	pycopy_map_push(PYCOPY_MAP(PYCOPY_MAP_SLOTS), &slot, 0);
-	counts[PYCOPY_FAST_EXPIRED]++;
 }
 
-static __always_inline void pycopy_look(struct __sk_buff *ctx, u32 slot, struct pycopy_work *work,
+/* release.forgive(): from here on the target's shorter answer counts as the whole one. */
+static __always_inline int pycopy_forgive(struct pycopy_session *s, struct pycopy_work *work,
+					  const struct pycopy_fast_config *config, u64 *counts)
+{
+	u64 at = s->held_at[s->held_first & (PYCOPY_HELD_MAX - 1)];
+	struct pycopy_log_record *record = pycopy_log_find(at);
+	int forgiven = 0;
+	s32 owed;
+
+	if (!record)
+		return 0;
+	work->record = *record;
+	bpf_spin_lock(&s->lock);
+	owed = pycopy_owed(s, work->record.ack);
+	if (pycopy_is_ours(s, &work->flow) && s->held && owed > 0 &&
+	    s->held_at[s->held_first & (PYCOPY_HELD_MAX - 1)] == at) {
+		s->need_base += owed;
+		forgiven = 1;
+	}
+	bpf_spin_unlock(&s->lock);
+	if (forgiven)
+		counts[PYCOPY_FAST_RELEASED_BY_QUIET]++;
+	return forgiven;
+}
+
+/* Zero: nothing is pending. */
+static __always_inline u32 pycopy_look(struct __sk_buff *ctx, u32 slot, struct pycopy_work *work,
 					struct pycopy_fast_config *config, u64 *counts)
 {
 	struct pycopy_session *s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &slot);
@@ -122,58 +147,65 @@ static __always_inline void pycopy_look(struct __sk_buff *ctx, u32 slot, struct 
 	u16 why;
 
 	if (!s || s->owner == PYCOPY_FREE || s->owner == PYCOPY_USER)
-		return;
+		return 0;
 	work->flow.slot = slot;
 	work->flow.generation = s->generation;
 	if (s->owner == PYCOPY_KERNEL && s->state == PYCOPY_TIME_WAIT && now_ns >= s->rto_at) {
-		pycopy_expire(s, work, counts);
-		return;
+		pycopy_expire(s, work);
+		return PYCOPY_TIMER_PENDING;
 	}
 	if (s->owner == PYCOPY_KERNEL && s->state != PYCOPY_TIME_WAIT) {
 		bpf_spin_lock(&s->lock);
 		why = pycopy_needs(s, config, now_ns);
-		if (why < PYCOPY_LEFT_REASONS && pycopy_is_ours(s, &work->flow))
+		if (why < PYCOPY_LEFT_REASONS && why != PYCOPY_LEFT_QUIET && pycopy_is_ours(s, &work->flow))
 			left = pycopy_leave(s, why);
 		bpf_spin_unlock(&s->lock);
 		if (left)
 			pycopy_hand_over(s, &work->flow, counts);
+		else if (why == PYCOPY_LEFT_QUIET && !pycopy_forgive(s, work, config, counts))
+			pycopy_expel(s, &work->flow, counts, why);
 	}
 	if (s->owner == PYCOPY_LEAVING) {
 		pycopy_call_attention(&work->flow);
 		pycopy_watch(slot);
-		return;
+		return PYCOPY_TIMER_PENDING;
 	}
 	service = s->service;
 	hop = pycopy_lookup(PYCOPY_MAP_HOPS, &service);
 	if (hop && hop->usable && (s->held || (s->ack_at && s->ack_at <= now_ns)) &&
 	    pycopy_pump(ctx, s, work, hop, config, counts) == PYCOPY_GONE_OUT)
 		bpf_clone_redirect(ctx, hop->ifindex, 0);
-	if (s->held || s->ack_at || s->state == PYCOPY_TIME_WAIT || pycopy_in_flight(s))
-		pycopy_watch(slot);
+	if (!s->held && !s->ack_at && s->state != PYCOPY_TIME_WAIT && !pycopy_in_flight(s))
+		return 0;
+	pycopy_watch(slot);
+	return PYCOPY_TIMER_PENDING;
 }
 
 int pycopy_timer(struct __sk_buff *ctx)
 {
 	struct pycopy_fast_config *config = pycopy_config();
 	u64 *counts = pycopy_fast_counts();
-	u32 zero = 0, slot, *at = cursor.lookup(&zero), mark = ctx->mark;
+	u32 slot, *at, mark = ctx->mark & 0xff;
+	u32 seen = ctx->mark & PYCOPY_TIMER_PENDING;
 	struct pycopy_work *work = pycopy_work_of_cpu();
+	u32 all = mark == PYCOPY_TIMER_BEGIN_ALL || mark == PYCOPY_TIMER_GO_ON_ALL;
 
+	at = cursors.lookup(&all);
 	if (!config || !counts || !work || !at || mark == PYCOPY_TIMER_DONE)
-		return PYCOPY_TIMER_DONE;
+		return PYCOPY_TIMER_DONE | seen;
 	if (mark == PYCOPY_TIMER_BEGIN || mark == PYCOPY_TIMER_BEGIN_ALL) {
 		*at = 0;
 		mark += PYCOPY_TIMER_GO_ON - PYCOPY_TIMER_BEGIN;
 	}
-	slot = pycopy_next_slot(at, mark == PYCOPY_TIMER_GO_ON_ALL);
-	if (*at >= PYCOPY_SLOTS + 1)
+	slot = pycopy_next_slot(at, all);
+	if (*at >= PYCOPY_SLOTS)
 		mark = PYCOPY_TIMER_DONE;
-	if (slot != PYCOPY_NO_SLOT && slot < PYCOPY_SLOTS) {
+	if (slot < PYCOPY_SLOTS) {
 		ctx->mark = 0; /* what is sent from here is marked as nothing else is */
-		pycopy_look(ctx, slot, work, config, counts);
+		seen |= pycopy_look(ctx, slot, work, config, counts);
 	}
-	ctx->mark = mark;
-	return mark;
+	ctx->mark = mark | seen;
+	return mark | seen;
 }
 
 /* The command's session, behind the lock and the generation, which stay the slot's. */
@@ -199,11 +231,14 @@ int pycopy_control(struct __sk_buff *ctx)
 	    (s->owner == PYCOPY_KERNEL || s->owner == PYCOPY_LEAVING) &&
 	    s->state != PYCOPY_TIME_WAIT) {
 		if (s->owner == PYCOPY_KERNEL)
-			s->left = PYCOPY_LEFT_ASKED;
-		s->owner = PYCOPY_USER;
+			pycopy_leave(s, PYCOPY_LEFT_ASKED);
 		__builtin_memcpy(command->session + PYCOPY_STATE_AT, (void *)s + PYCOPY_STATE_AT,
 				 sizeof(*s) - PYCOPY_STATE_AT);
 		done = PYCOPY_TAKE;
+	} else if (command->request == PYCOPY_HAVE && s->generation == command->generation &&
+		   s->owner == PYCOPY_LEAVING) {
+		s->owner = PYCOPY_USER;
+		done = PYCOPY_HAVE;
 	} else if (command->request == PYCOPY_GIVE && s->generation == command->generation &&
 		   (s->owner == PYCOPY_USER || s->owner == PYCOPY_FREE)) {
 		__builtin_memcpy((void *)s + PYCOPY_STATE_AT, command->session + PYCOPY_STATE_AT,
@@ -226,7 +261,7 @@ int pycopy_control(struct __sk_buff *ctx)
 	} else if (done == PYCOPY_GIVE) {
 		counts[PYCOPY_FAST_GIVEN]++;
 		pycopy_watch(slot);
-	} else {
+	} else if (done == PYCOPY_DROP) {
 		pycopy_map_push(PYCOPY_MAP(PYCOPY_MAP_SLOTS), &slot, 0);
 	}
 	return 0;

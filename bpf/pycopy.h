@@ -287,9 +287,10 @@ struct pycopy_fast_config {
 
 /* What fastpath.c is asked to do with a session, by user space. */
 enum pycopy_request {
-	PYCOPY_TAKE = 1, /* it becomes USER's; its state comes back */
-	PYCOPY_GIVE = 2, /* it becomes KERNEL's, with the state that comes along */
-	PYCOPY_DROP = 3, /* its slot becomes free */
+	PYCOPY_TAKE = 1, /* it is LEAVING; its state comes back, what it logged stays */
+	PYCOPY_HAVE = 2, /* it is USER's: the log has been read */
+	PYCOPY_GIVE = 3, /* it becomes KERNEL's, with the state that comes along */
+	PYCOPY_DROP = 4, /* its slot becomes free */
 };
 
 struct pycopy_command {
@@ -318,6 +319,9 @@ enum pycopy_timer {
 	PYCOPY_TIMER_DONE = 5,
 };
 
+/* Beside it: the pass has seen sessions that have something pending. */
+#define PYCOPY_TIMER_PENDING 0x100
+
 /* Upper bounds of the hold-time histogram: pycopy.ledger.HOLD_BUCKETS_US. */
 #define PYCOPY_HOLD_BUCKETS 7
 
@@ -343,9 +347,9 @@ enum pycopy_fast_count {
 	PYCOPY_FAST_OPENED,
 	PYCOPY_FAST_ESTABLISHED,
 	PYCOPY_FAST_CLOSED,
-	PYCOPY_FAST_EXPIRED, /* sessions whose TIME_WAIT is over */
 	PYCOPY_FAST_TAKEN,   /* sessions that user space has taken */
 	PYCOPY_FAST_GIVEN,
+	PYCOPY_FAST_RELEASED_BY_QUIET, /* the target's answer was shorter than the online one */
 	PYCOPY_FAST_OUT_SEGMENTS,
 	PYCOPY_FAST_OUT_PAYLOAD,
 	PYCOPY_FAST_OUT_SYN,

@@ -221,12 +221,13 @@ FAST_CONFIG = struct.Struct("<10Q4I")
 
 #: ``struct pycopy_command`` without its session: request, slot, generation, reserved.
 COMMAND = struct.Struct("<4I")
-TAKE, GIVE, DROP = 1, 2, 3
+TAKE, HAVE, GIVE, DROP = 1, 2, 3, 4
 
 #: ``struct pycopy_attention``.
 ATTENTION = struct.Struct("<II")
 
 TIMER_BEGIN, TIMER_BEGIN_ALL, TIMER_GO_ON, TIMER_GO_ON_ALL, TIMER_DONE = 1, 2, 3, 4, 5
+TIMER_PENDING = 0x100
 
 WORK_BYTES = 512
 HOLD_BUCKETS = 7
@@ -252,9 +253,9 @@ class FastCount(IntEnum):
     OPENED = 14
     ESTABLISHED = 15
     CLOSED = 16
-    EXPIRED = 17
-    TAKEN = 18
-    GIVEN = 19
+    TAKEN = 17
+    GIVEN = 18
+    RELEASED_BY_QUIET = 19
     OUT_SEGMENTS = 20
     OUT_PAYLOAD = 21
     OUT_SYN = 22

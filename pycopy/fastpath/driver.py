@@ -21,7 +21,7 @@ from pycopy.session.table import Table
 #: How often the kernel's sessions are looked at: what an acknowledgement or a timeout may
 #: come late.
 TICK_NS = 10 * MS
-#: While the kernel has none.
+#: The same while none of them has anything pending.
 REST_NS = 100 * MS
 #: How often all of them are looked at, for the long limits.
 SWEEP_NS = 5 * SECOND
@@ -42,6 +42,7 @@ _COUNTS = {
     FastCount.OUT_SYN: Count.SENT_SYN,
     FastCount.OUT_FIN: Count.SENT_FIN,
     FastCount.OUT_ACK: Count.SENT_ACK,
+    FastCount.RELEASED_BY_QUIET: Count.RELEASED_BY_QUIET,
 }
 _FATES = {
     FastCount.SENT_AT_ONCE: Fate.SENT,
@@ -100,11 +101,11 @@ class FastPath:
 
     def on_timer(self, now_ns: int) -> None:
         """Let time pass for the kernel's sessions, and take over what needs judgement."""
-        everything = now_ns >= self._sweep_at
-        if everything:
+        if now_ns >= self._sweep_at:
             self._sweep_at = now_ns + SWEEP_NS
-        self._table.adopt_all(self.kernel.on_timer(everything), now_ns)
-        self.deadline_ns = now_ns + TICK_NS
+            self.kernel.sweep()
+        self._table.adopt_all(self.kernel.on_timer(), now_ns)
+        self.deadline_ns = now_ns + (TICK_NS if self.kernel.pending else REST_NS)
 
     def after_turn(self) -> None:
         """Nothing captured is unread, nothing is unsent."""

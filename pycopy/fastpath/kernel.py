@@ -19,9 +19,12 @@ from pycopy.session.rules import Rules
 
 from . import maps as maps_module
 
-#: The timer's steps in one call, and calls in one turn: 64 sessions take about 5 us.
+#: The timer's steps in one call, and calls in one turn, for what is pending and for all.
 STEPS = 256
 CALLS = 64
+SWEEP_CALLS = 4
+#: What a packet may grow by while the timer makes a frame of it.
+ROOM_BYTES = 1 << 14
 
 #: What the timer makes its frames of: a packet of either family, long enough for its headers.
 _MATERIAL = bytes(12) + b"\x08\x00" + bytes(114)
@@ -50,6 +53,10 @@ class KernelSessions:
         #: Keys towards the target of sessions that are over: swallowed for a while yet.
         self._leaving: list[bytes] = []
         self._gone: list[bytes] = []
+        #: Whether any session of the kernel's had something pending when time last passed.
+        self.pending = False
+        #: How the pass over all of them goes on; 0: none is under way.
+        self._sweeping = 0
 
     def load(self, l2_bytes: int) -> None:
         """Compile the timer; from then on sessions may be opened."""
@@ -133,7 +140,9 @@ class KernelSessions:
             return None
         session = KernelSession(*abi.KERNEL_SESSION.unpack(state))
         self._fetched[session.target] = (slot, generation)
-        return session, self._logged(session, slot, generation)
+        logged = self._logged(session, slot, generation)
+        self._command(abi.HAVE, slot, generation, state)
+        return session, logged
 
     def _command(self, request: int, slot: int, generation: int, state: bytes) -> bytes | None:
         """What came back with the session, or None if it was not done."""
@@ -232,22 +241,35 @@ class KernelSessions:
 
     # -- time, and what it shows ----------------------------------------------------------
 
-    def on_timer(self, everything: bool = False) -> Iterator[tuple[KernelSession, list[Logged]]]:
+    def on_timer(self) -> Iterator[tuple[KernelSession, list[Logged]]]:
         """Let time pass for the kernel's sessions; those that must leave come back, fetched."""
-        assert self._module is not None and self._attention is not None
-        program = self._module.program_fds["pycopy_timer"]
-        mark = abi.TIMER_BEGIN_ALL if everything else abi.TIMER_BEGIN
-        for _ in range(-(-self.maps.slots // STEPS) + 1 if everything else CALLS):
-            run = link.test_run(
-                program, _MATERIAL, repeat=STEPS, context=_MARK.pack(mark), room_bytes=1 << 14
-            )
-            mark = run.retval
-            if mark == abi.TIMER_DONE:
-                break
+        mark = self._run_timer(abi.TIMER_BEGIN, CALLS)
+        self.pending = bool(mark & abi.TIMER_PENDING)
+        if self._sweeping:
+            mark = self._run_timer(self._sweeping, SWEEP_CALLS) & ~abi.TIMER_PENDING
+            self._sweeping = 0 if mark == abi.TIMER_DONE else mark
+        assert self._attention is not None
         for record in self._attention.drain_raw(maps_module.ATTENTION_BYTES):
             fetched = self.fetch(*abi.ATTENTION.unpack_from(record))
             if fetched is not None:
                 yield fetched
+
+    def sweep(self) -> None:
+        """Have all sessions looked at for the long limits, some with each turn of the timer."""
+        self._sweeping = self._sweeping or abi.TIMER_BEGIN_ALL
+
+    def _run_timer(self, mark: int, calls: int) -> int:
+        """Some steps of a pass; ``mark`` says of which, what is returned how it goes on."""
+        assert self._module is not None
+        program = self._module.program_fds["pycopy_timer"]
+        for _ in range(calls):
+            run = link.test_run(
+                program, _MATERIAL, repeat=STEPS, context=_MARK.pack(mark), room_bytes=ROOM_BYTES
+            )
+            mark = run.retval
+            if mark & ~abi.TIMER_PENDING == abi.TIMER_DONE:
+                break
+        return mark
 
     def fetch_all(self) -> Iterator[tuple[KernelSession, list[Logged]]]:
         """Everything that the kernel still has; what lingers after its end is left there."""
@@ -268,7 +290,7 @@ class KernelSessions:
         return [sum(words[index :: abi.FAST_COUNTS]) for index in range(abi.FAST_COUNTS)]
 
     def now_active(self) -> int:
-        """Sessions that the kernel has now."""
+        """Open sessions that the kernel has now."""
         return active(self.counters())
 
     def close(self) -> None:
@@ -281,8 +303,8 @@ class KernelSessions:
 
 
 def active(counts: list[int]) -> int:
-    """Sessions that the kernel had when it counted ``counts``."""
+    """Open sessions that the kernel had when it counted ``counts``."""
     return (
         counts[FastCount.OPENED] + counts[FastCount.GIVEN]
-        - counts[FastCount.TAKEN] - counts[FastCount.EXPIRED]
+        - counts[FastCount.TAKEN] - counts[FastCount.CLOSED]
     )  # fmt: skip
