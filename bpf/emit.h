@@ -20,9 +20,7 @@
 #define PYCOPY_WINDOW	     0xffff /* rewrite.WINDOW_FIELD */
 #define PYCOPY_HOP_LIMIT     64
 
-/* Longest payload out of the log in one frame: jumbo frames, and what helpers take. */
-#define PYCOPY_RELEASE_BYTES 9216
-#define PYCOPY_SUM_BYTES     512 /* bpf_csum_diff() takes no more before Linux 6.13 */
+#define PYCOPY_SUM_BYTES 512 /* bpf_csum_diff() takes no more before Linux 6.13 */
 
 /* Two NOPs, then timestamps: the one layout that real stacks use (RFC 7323 A). */
 #define PYCOPY_NOP_NOP_TIMESTAMPS  htonl(0x0101080a)
@@ -103,6 +101,18 @@ static __always_inline void pycopy_put_ip(u8 *frame, const struct pycopy_hop *ho
 static __always_inline u32 pycopy_tsval(const struct pycopy_fast_config *config)
 {
 	return pycopy_now(config) / 1000000 + config->timestamp_origin;
+}
+
+/* What pycopy_put_syn_options() takes. */
+static __always_inline u32 pycopy_syn_options_bytes(u8 options)
+{
+	u32 bytes = 4;
+
+	if (options & PYCOPY_OPT_TIMESTAMPS)
+		bytes += 12;
+	else if (options & PYCOPY_OPT_SACK_PERM)
+		bytes += 4;
+	return options & PYCOPY_OPT_WSCALE ? bytes + 4 : bytes;
 }
 
 /* rewrite.options_of() for a SYN, into what the client's own options took: non-zero

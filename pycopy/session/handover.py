@@ -12,6 +12,7 @@ from pycopy.abi import (
     KNOWN_IRS,
     KNOWN_NEED,
     KNOWN_SENT,
+    LOG_BOUNDARY,
     SYN,
     KernelSession,
     LogRecord,
@@ -23,6 +24,9 @@ from pycopy.session.states import State
 from pycopy.session.views import NEVER, NO_POSITION, Chunk, Online, Target
 
 Logged = tuple[LogRecord, bytes]
+
+#: What the TCP header says in ``LogRecord.tcp_flags``.
+_FLAGS = 0xFF
 
 #: States in which the target's FIN has arrived.
 _TARGET_IS_OVER = frozenset({State.CLOSE_WAIT, State.CLOSING, State.LAST_ACK, State.TIME_WAIT})
@@ -115,12 +119,11 @@ def _take_log(session: Session, kernel: KernelSession, logged: Sequence[Logged])
     for record, data in logged:
         pos = _sent_position(kernel, record.seq)
         need = _need(kernel, online, record.ack)
-        boundary = last_need is not None and need > last_need
         last_need = need if last_need is None else max(need, last_need)
-        chunk = Chunk(pos, data, record.tcp_flags, last_need, record.time_ns)
+        chunk = Chunk(pos, data, record.tcp_flags & _FLAGS, last_need, record.time_ns)
         if chunk.end <= target.snd_una:
-            continue  # acknowledged: only there to say where a request began
-        chunk.boundary = boundary or pos == 1
+            continue  # acknowledged: only there to say what the client had received before
+        chunk.boundary = bool(record.tcp_flags & LOG_BOUNDARY)
         if chunk.pos >= target.snd_nxt:
             online.queue.append(chunk)
             online.held_bytes += len(data)

@@ -161,6 +161,9 @@ class Table:
         session = adopt(self, *found, now_ns)
         self.by_online.setdefault(session.key, session)
         self.by_target[session.target_key] = session
+        # Whatever became of the segment that brought it here: its own clock is to be set.
+        session.deadline_ns = now_ns
+        self.schedule(session)
         return session
 
     def adopt_all(self, found: Iterable[tuple[KernelSession, list[Logged]]], now_ns: int) -> None:

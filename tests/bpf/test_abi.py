@@ -169,6 +169,7 @@ def test_constants_of_the_kernels_sessions(tmp_path):
         "PYCOPY_HELD_MAX": abi.HELD_MAX,
         "PYCOPY_NO_SLOT": abi.NO_SLOT,
         "PYCOPY_LOG_CPU_SHIFT": abi.LOG_CPU_SHIFT,
+        "PYCOPY_LOG_BOUNDARY": abi.LOG_BOUNDARY,
         "PYCOPY_LOG_PAYLOAD": abi.LOG_PAYLOAD,
         "PYCOPY_WORK_BYTES": abi.WORK_BYTES,
         "PYCOPY_HOLD_BUCKETS": abi.HOLD_BUCKETS,
