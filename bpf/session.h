@@ -152,7 +152,9 @@ static __always_inline int pycopy_client_arrives(struct pycopy_session *s,
 		s->known |= PYCOPY_KNOWN_IRS;
 		s->online_irs = segment->ack - 1;
 		s->online_rcv_nxt = segment->ack;
-	} else if ((s32)(segment->ack - s->online_irs) < 1) {
+	} else if ((s64)(s->online_rcv_nxt - s->online_irs) +
+			   (s32)(segment->ack - s->online_rcv_nxt) <
+		   1) {
 		return pycopy_leave(s, PYCOPY_LEFT_ORDER);
 	}
 	if (offer.seg_len + offer.fin) {
