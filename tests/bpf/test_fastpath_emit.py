@@ -289,3 +289,36 @@ def test_a_target_that_has_said_less_and_is_quiet_has_said_it_all(bench, family)
     sent = connection.check(frame)
     assert bytes(sent.payload) == b"second" and sent.ack == connection.rcv_nxt
     assert handed_over == [] and bench.left() == left
+
+
+@families
+@pytest.mark.parametrize("said", (3 << 30, (1 << 32) - 50, (1 << 32) + 50))
+def test_connections_over_which_gigabytes_have_come(bench, family, said):
+    """Given by user space, as it would be then; its responses are still counted right."""
+    left = bench.left().get(Left.ORDER, 0)
+    connection = bench.connection(family)
+    connection.open()
+    connection.ask(b"first")
+    connection.answered_online(100)
+    connection.answer(b"a" * 100)
+    bench.advance(bench.rules.delayed_ack_ns)
+    bench.tick()
+    state = connection.state()
+    session, _ = bench.kernel.fetch_target(state.target)
+    far = {
+        name: getattr(session, name) + said & 0xFFFFFFFF
+        for name in ("online_rcv_nxt", "online_need", "sent_need", "rcv_nxt", "rcv_acked",
+                     "answered", "snd_wl1")
+    }  # fmt: skip
+    far["snd_wl1"] = far["rcv_nxt"]
+    assert bench.kernel.give(session._replace(**far))
+    connection.answered_online(said)
+    connection.rcv_nxt = connection.rcv_nxt + said & 0xFFFFFFFF
+    for _ in range(3):
+        assert [bytes(each.payload) for each in connection.ask(b"next")] == [b"next"]
+        connection.answered_online(100)
+        assert connection.ask(b"held") == []
+        (held,) = connection.answer(b"a" * 100, acked=connection.seq - 4)
+        assert bytes(held.payload) == b"held"
+        connection.answer(b"")
+    assert bench.left().get(Left.ORDER, 0) == left
