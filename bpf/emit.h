@@ -20,9 +20,7 @@
 #define PYCOPY_WINDOW	     0xffff /* rewrite.WINDOW_FIELD */
 #define PYCOPY_HOP_LIMIT     64
 
-/* Longest payload out of the log in one frame: jumbo frames, and what helpers take. */
-#define PYCOPY_RELEASE_BYTES 9216
-#define PYCOPY_SUM_BYTES     512 /* bpf_csum_diff() takes no more before Linux 6.13 */
+#define PYCOPY_SUM_BYTES 512 /* bpf_csum_diff() takes no more before Linux 6.13 */
 
 /* Two NOPs, then timestamps: the one layout that real stacks use (RFC 7323 A). */
 #define PYCOPY_NOP_NOP_TIMESTAMPS  htonl(0x0101080a)

@@ -70,6 +70,12 @@ static __always_inline u32 pycopy_next_slot(u32 *at, int all)
 	return PYCOPY_NO_SLOT;
 }
 
+/* Another CPU's packet may have come after `now_ns` was read. */
+static __always_inline u64 pycopy_since(u64 then_ns, u64 now_ns)
+{
+	return now_ns > then_ns ? now_ns - then_ns : 0;
+}
+
 /* Why the session needs user space now, or a number that is no reason.  The long limits
  * only where all sessions are looked at: as session.on_sweep().
  */
@@ -77,8 +83,8 @@ static __always_inline u16 pycopy_needs(const struct pycopy_session *s,
 					const struct pycopy_fast_config *config, u64 now_ns,
 					int all)
 {
-	u64 quiet_ns = 4 * s->srtt_ns, silent_ns = now_ns - s->progress_ns;
-	u64 unheard_ns = now_ns - s->client_ns;
+	u64 quiet_ns = 4 * s->srtt_ns, silent_ns = pycopy_since(s->progress_ns, now_ns);
+	u64 unheard_ns = pycopy_since(s->client_ns, now_ns);
 
 	if (pycopy_in_flight(s)) {
 		if (now_ns >= s->rto_at)

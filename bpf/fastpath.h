@@ -270,6 +270,8 @@ static __always_inline int pycopy_find_client(PYCOPY_CTX *ctx, struct pycopy_pac
 		} else if (pycopy_is_repeated(segment)) {
 			counts[PYCOPY_FAST_CLIENT]++;
 			counts[PYCOPY_FAST_DUPLICATE]++;
+			counts[PYCOPY_FAST_PAYLOAD]++;
+			counts[PYCOPY_FAST_PAYLOAD_BYTES] += segment->seg_len;
 			*kept = PYCOPY_KEPT;
 		}
 		return 1;
@@ -307,13 +309,26 @@ static __always_inline int pycopy_find_client(PYCOPY_CTX *ctx, struct pycopy_pac
 	return 0;
 }
 
+/* Whether a frame of the copy would be longer than its connection or its path takes now. */
+static __always_inline int pycopy_is_too_long(PYCOPY_CTX *ctx, struct pycopy_segment *segment,
+					      const struct pycopy_session *s,
+					      const struct pycopy_hop *hop, u32 tcp_header_bytes)
+{
+	u32 bytes = ctx->gso_size && ctx->gso_size < segment->seg_len ? ctx->gso_size
+								       : segment->seg_len;
+
+	/* The copy's options take what the client's took, in use or not. */
+	bytes += tcp_header_bytes - 20;
+	return segment->seg_len && (bytes > s->mss || bytes > hop->mss);
+}
+
 /* A client's segment at TC ingress, before it becomes a record. */
 static __always_inline int pycopy_keep_client(PYCOPY_CTX *ctx, struct pycopy_packet *packet,
 					      struct pycopy_segment *segment)
 {
 	const u8 passed_on = PYCOPY_TCP_FIN | PYCOPY_TCP_PSH;
 	struct pycopy_fast_config *config = pycopy_config();
-	u32 tcp_header_bytes, service;
+	u32 tcp_header_bytes, service, boundary = 0;
 	struct pycopy_work *work = pycopy_work_of_cpu();
 	u64 *counts = pycopy_fast_counts(), at = 0, before, now_ns;
 	struct pycopy_session *s = 0;
@@ -330,12 +345,16 @@ static __always_inline int pycopy_keep_client(PYCOPY_CTX *ctx, struct pycopy_pac
 	service = s->service;
 	hop = pycopy_lookup(PYCOPY_MAP_HOPS, &service);
 	if (PYCOPY_L2_BYTES != 14 || !hop || !hop->usable ||
-	    (ctx->gso_size ? ctx->gso_size > s->smss : segment->seg_len > s->smss))
+	    pycopy_is_too_long(ctx, segment, s, hop, tcp_header_bytes))
 		return pycopy_expel(s, &work->flow, counts, PYCOPY_LEFT_HOP);
 	before = s->log_last;
+	/* If this is outdated, so is `before`, and the session leaves. */
+	if (!(s->known & PYCOPY_KNOWN_NEED) || (s32)(segment->ack - s->online_need) > 0)
+		boundary = PYCOPY_LOG_BOUNDARY;
 	if (segment->seg_len || segment->tcp_flags & PYCOPY_TCP_FIN) {
 		segment->time_ns = pycopy_now(config);
-		at = pycopy_log_append(ctx, segment, packet->payload_at, &work->flow, before);
+		at = pycopy_log_append(ctx, segment, packet->payload_at, &work->flow, before,
+				       boundary);
 		if (!at)
 			return pycopy_expel(s, &work->flow, counts, PYCOPY_LEFT_LOG);
 	}
@@ -489,8 +508,8 @@ static __always_inline void pycopy_close(struct pycopy_session *s, struct pycopy
 /* A response of the target, before it becomes a record; GONE_OUT: it is to be redirected
  * to `*ifindex`.
  */
-static __always_inline int pycopy_keep_target(PYCOPY_CTX *ctx, struct pycopy_segment *segment,
-					      u32 *ifindex)
+static __always_inline int pycopy_keep_target(PYCOPY_CTX *ctx, struct pycopy_packet *packet,
+					      struct pycopy_segment *segment, u32 *ifindex)
 {
 	struct pycopy_fast_config *config = pycopy_config();
 	u32 service;
@@ -514,6 +533,9 @@ static __always_inline int pycopy_keep_target(PYCOPY_CTX *ctx, struct pycopy_seg
 	hop = pycopy_lookup(PYCOPY_MAP_HOPS, &service);
 	if (PYCOPY_L2_BYTES != 14 || !hop || !hop->usable)
 		return pycopy_expel(s, &work->flow, counts, PYCOPY_LEFT_HOP);
+	/* Where the packet's checksum is partial, it says where the TCP header of ours is to be. */
+	if (packet->tcp_at != PYCOPY_L2_BYTES + (packet->family == 4 ? 20 : 40))
+		return pycopy_expel(s, &work->flow, counts, PYCOPY_LEFT_OPTIONS);
 	now_ns = pycopy_now(config);
 	bpf_spin_lock(&s->lock);
 	if (pycopy_is_ours(s, &work->flow)) {

@@ -207,7 +207,7 @@ static __always_inline int swallow(PYCOPY_CTX *ctx, struct pycopy_packet *packet
 		       packet->tcp.src_port);
 #if PYCOPY_FASTPATH
 	u32 ifindex = 0;
-	int kept = pycopy_keep_target(ctx, segment, &ifindex);
+	int kept = pycopy_keep_target(ctx, packet, segment, &ifindex);
 
 	if (kept == PYCOPY_KEPT || kept == PYCOPY_GONE_OUT) {
 		count(PYCOPY_INT_KEPT);

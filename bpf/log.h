@@ -59,7 +59,8 @@ static __always_inline int pycopy_log_is_done(struct pycopy_log_record *record)
 
 /* Where the segment is now, or 0: no room, or not readable. */
 static __always_inline u64 pycopy_log_append(PYCOPY_CTX *ctx, struct pycopy_segment *segment,
-					     u32 payload_at, struct pycopy_flow *flow, u64 before)
+					     u32 payload_at, struct pycopy_flow *flow, u64 before,
+					     u32 boundary)
 {
 	u32 cpu = bpf_get_smp_processor_id();
 	struct pycopy_log *log = pycopy_lookup(PYCOPY_MAP_LOG, &cpu);
@@ -96,7 +97,7 @@ static __always_inline u64 pycopy_log_append(PYCOPY_CTX *ctx, struct pycopy_segm
 	record->seq = segment->seq;
 	record->ack = segment->ack;
 	record->seg_len = segment->seg_len;
-	record->tcp_flags = segment->tcp_flags;
+	record->tcp_flags = segment->tcp_flags | boundary;
 	record->end = segment->seq + segment->seg_len +
 		      !!(segment->tcp_flags & PYCOPY_TCP_FIN);
 	record->time_ns = segment->time_ns;

@@ -238,6 +238,9 @@ struct pycopy_flow {
 /* A position in the log: CPU in the upper 16 bits, offset (never wrapping) below. */
 #define PYCOPY_LOG_CPU_SHIFT 48
 
+/* The client had received something since its segment before: a request begins here. */
+#define PYCOPY_LOG_BOUNDARY 0x100
+
 /* One client segment in the log, its payload behind it. */
 struct pycopy_log_record {
 	__u32 bytes; /* of the whole record, a multiple of 8 */
@@ -246,7 +249,7 @@ struct pycopy_log_record {
 	__u32 seq;
 	__u32 ack; /* the client's, of the online server's stream */
 	__u32 seg_len;
-	__u32 tcp_flags;
+	__u32 tcp_flags; /* of the segment, and PYCOPY_LOG_BOUNDARY */
 	__u32 end;	/* seq of what follows, FIN included */
 	__u64 time_ns;	/* when it was captured; once it is sent, when that was */
 	__u64 before;	/* the session's previous record */

@@ -20,6 +20,9 @@
 #define PYCOPY_INITIAL_WINDOW	   10 /* RFC 6928 2, in segments */
 #define PYCOPY_NO_SSTHRESH	   (1U << 30)
 
+/* Longest payload out of the log in one frame: jumbo frames, and what helpers take. */
+#define PYCOPY_RELEASE_BYTES 9216
+
 enum pycopy_verdict {
 	PYCOPY_SEND,	  /* pass it on now */
 	PYCOPY_HOLD,	  /* its place in the log is remembered */
@@ -149,7 +152,9 @@ static __always_inline int pycopy_client_arrives(struct pycopy_session *s,
 		s->known |= PYCOPY_KNOWN_IRS;
 		s->online_irs = segment->ack - 1;
 		s->online_rcv_nxt = segment->ack;
-	} else if ((s32)(segment->ack - s->online_irs) < 1) {
+	} else if ((s64)(s->online_rcv_nxt - s->online_irs) +
+			   (s32)(segment->ack - s->online_rcv_nxt) <
+		   1) {
 		return pycopy_leave(s, PYCOPY_LEFT_ORDER);
 	}
 	if (offer.seg_len + offer.fin) {
@@ -174,7 +179,7 @@ static __always_inline int pycopy_client_arrives(struct pycopy_session *s,
 		return verdict;
 	if (verdict == PYCOPY_HOLD) {
 		/* A release is one frame; what is longer is cut by the engine. */
-		if (s->held >= PYCOPY_HELD_MAX ||
+		if (s->held >= PYCOPY_HELD_MAX || offer.seg_len > PYCOPY_RELEASE_BYTES ||
 		    offer.seg_len > (s->state == PYCOPY_SYN_SENT ? s->mss - 40 : s->smss))
 			return pycopy_leave(s, PYCOPY_LEFT_QUEUE);
 		s->held_at[(s->held_first + s->held) & (PYCOPY_HELD_MAX - 1)] = at;

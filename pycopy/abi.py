@@ -212,6 +212,8 @@ class LogRecord(NamedTuple):
 
 
 LOG_RECORD = struct.Struct("<8IQQ")
+#: Bit of ``LogRecord.tcp_flags``: a request begins here.
+LOG_BOUNDARY = 0x100
 #: ``struct pycopy_log_head``: head, tail, reserved.
 LOG_HEAD = struct.Struct("<QQ48s")
 LOG_CPU_SHIFT = 48

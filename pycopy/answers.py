@@ -39,12 +39,16 @@ class Answers(Protocol):
     taps: list[Tap]
     #: Answers could reach real clients now: nothing may be sent.
     cut_off: bool
-    #: Answers that were lost on their way to us, as far as it is known.
-    dropped: int
-    #: When :meth:`on_timer` has something to do.
-    deadline_ns: int
     #: What to look at when no answer comes at all.
     hints: str
+
+    @property
+    def deadline_ns(self) -> int:
+        """When :meth:`on_timer` has something to do."""
+
+    @property
+    def dropped(self) -> int:
+        """Answers that were lost on their way to us, as far as it is known."""
 
     def addresses(self) -> Addresses: ...
 

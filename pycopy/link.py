@@ -252,7 +252,12 @@ def test_run(
         0,
         0,
     )
-    bpf(_PROG_TEST_RUN, attr)
+    while True:
+        try:
+            bpf(_PROG_TEST_RUN, attr)
+            break
+        except InterruptedError:
+            continue  # a signal between two repetitions; what they did so far is done
     fields = _TEST_RUN.unpack(attr.raw)
     return TestRun(fields[1], fields[7], packet_out.raw[: fields[3]])
 

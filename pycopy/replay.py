@@ -367,8 +367,8 @@ class Replay:
             tap.detach()
         self.table.end_all(time.monotonic_ns())
         self._send()
-        for tap in self._answers.taps:
-            tap.detach()
+        for answers in self._answers.taps:
+            answers.detach()
         self._count_rest()
         self._refresh_counters()
         self._finished = True

@@ -57,6 +57,8 @@ class KernelSessions:
         self._gone: list[bytes] = []
         #: Whether any session of the kernel's had something pending when time last passed.
         self.pending = False
+        #: How the pass over those goes on: it may take more calls than one turn has.
+        self._passing: int = abi.TIMER_BEGIN
         #: How the pass over all of them goes on; 0: none is under way.
         self._sweeping = 0
 
@@ -271,8 +273,11 @@ class KernelSessions:
 
     def on_timer(self) -> Iterator[tuple[KernelSession, list[Logged]]]:
         """Let time pass for the kernel's sessions; those that must leave come back, fetched."""
-        mark = self._run_timer(abi.TIMER_BEGIN, CALLS)
+        mark = self._run_timer(self._passing, CALLS)
         self.pending = bool(mark & abi.TIMER_PENDING)
+        # Begun anew each time, a busy kernel's last sessions would never be looked at.
+        mark &= ~abi.TIMER_PENDING
+        self._passing = abi.TIMER_BEGIN if mark == abi.TIMER_DONE else mark
         if self._sweeping:
             mark = self._run_timer(self._sweeping, SWEEP_CALLS) & ~abi.TIMER_PENDING
             self._sweeping = 0 if mark == abi.TIMER_DONE else mark

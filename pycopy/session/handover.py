@@ -6,6 +6,7 @@ as records of its log and becomes the flight and the queue.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from pycopy.abi import (
     KNOWN_FIN,
@@ -13,6 +14,7 @@ from pycopy.abi import (
     KNOWN_IRS,
     KNOWN_NEED,
     KNOWN_SENT,
+    LOG_BOUNDARY,
     SYN,
     KernelSession,
     LogRecord,
@@ -25,11 +27,42 @@ from pycopy.session.views import NEVER, NO_POSITION, Chunk, Online, Target
 
 Logged = tuple[LogRecord, bytes]
 
+#: Where numbers begin anew. Positions do not: nothing that was said lies before them.
+_WRAP = 1 << 32
+
+#: What the TCP header says in ``LogRecord.tcp_flags``.
+_FLAGS = 0xFF
+
 #: States in which the target's FIN has arrived.
 _TARGET_IS_OVER = frozenset({State.CLOSE_WAIT, State.CLOSING, State.LAST_ACK, State.TIME_WAIT})
 
 #: A session is given to the kernel only in this one: the handshake is over, no close has begun.
 GIVEN_IN = State.ESTABLISHED
+
+
+class Kernel(Protocol):
+    """What the table asks of the sessions that the kernel keeps (pycopy/fastpath/)."""
+
+    def fetch_online(self, key: bytes) -> tuple[KernelSession, list[Logged]] | None:
+        """The session of a connection online, from now on ours; None: the kernel has none."""
+
+    def fetch_target(self, key: bytes) -> tuple[KernelSession, list[Logged]] | None:
+        """The same by its connection to the target."""
+
+    def give(self, session: KernelSession) -> bool:
+        """The kernel goes on with ``session``; False if it has no room for it."""
+
+    def claim(self, target_key: bytes) -> bool:
+        """We open a connection to the target; False if the kernel has that one."""
+
+    def own_online(self, online_key: bytes) -> None:
+        """The connection online has a session of ours."""
+
+    def disown_online(self, online_key: bytes) -> None:
+        """It has none any more."""
+
+    def now_active(self) -> int:
+        """Open sessions that the kernel has now."""
 
 
 def adopt(host: Host, kernel: KernelSession, logged: Sequence[Logged], now_ns: int) -> Session:
@@ -38,7 +71,8 @@ def adopt(host: Host, kernel: KernelSession, logged: Sequence[Logged], now_ns: i
     ``logged``: the records of the log from the one before ``snd_una`` on, if it is still
     there, in order.
     """
-    online, target = _online(kernel), _target(kernel, host)
+    online = _online(kernel)
+    target = _target(kernel, online)
     session = Session(
         host, kernel.online, kernel.target, kernel.family, kernel.service, online, target, now_ns
     )
@@ -65,6 +99,8 @@ def _online(kernel: KernelSession) -> Online:
         online.irs = kernel.online_irs
         online.rcv_nxt = (kernel.online_rcv_nxt - kernel.online_irs) & MASK
     if kernel.known & KNOWN_NEED:
+        if _need(kernel, online, kernel.online_need) < 0:
+            online.rcv_nxt += _WRAP
         online.queue_need = _need(kernel, online, kernel.online_need)
     if kernel.known & KNOWN_FIN:
         online.fin_pos = online.snd_nxt - 1
@@ -81,7 +117,7 @@ def _need(kernel: KernelSession, online: Online, ack: int) -> int:
     return online.rcv_nxt + diff(ack, kernel.online_rcv_nxt) - 1
 
 
-def _target(kernel: KernelSession, host: Host) -> Target:
+def _target(kernel: KernelSession, online: Online) -> Target:
     una = (kernel.snd_una - kernel.iss) & MASK
     target = Target(kernel.iss, una + 1, kernel.mss, kernel.rto_ns)
     target.snd_una = una
@@ -94,6 +130,9 @@ def _target(kernel: KernelSession, host: Host) -> Target:
     target.snd_wscale = kernel.snd_wscale
     target.smss = kernel.smss
     target.rcv_nxt = (kernel.rcv_nxt - kernel.irs) & MASK
+    oldest = min(diff(number, kernel.rcv_nxt) for number in (kernel.rcv_acked, kernel.answered))
+    if target.rcv_nxt + oldest < 0:
+        target.rcv_nxt += _WRAP
     target.rcv_acked = target.rcv_nxt + diff(kernel.rcv_acked, kernel.rcv_nxt)
     target.answered = target.rcv_nxt + diff(kernel.answered, kernel.rcv_nxt)
     target.ts_recent = kernel.ts_recent
@@ -102,7 +141,7 @@ def _target(kernel: KernelSession, host: Host) -> Target:
     target.snd_wl2 = una + diff(kernel.snd_wl2, kernel.snd_una)
     if kernel.known & KNOWN_IRS:
         # The kernel counts modulo 2^32: the one near what both servers have said so far.
-        lead = ((kernel.online_rcv_nxt - kernel.online_irs) & MASK) - target.rcv_nxt
+        lead = online.rcv_nxt - target.rcv_nxt
         target.need_base = lead + diff(kernel.need_base, lead & MASK)
     target.srtt_ns, target.rttvar_ns = kernel.srtt_ns, kernel.rttvar_ns
     target.cwnd, target.ssthresh = kernel.cwnd, kernel.ssthresh
@@ -116,12 +155,11 @@ def _take_log(session: Session, kernel: KernelSession, logged: Sequence[Logged])
     for record, data in logged:
         pos = _sent_position(kernel, record.seq)
         need = _need(kernel, online, record.ack)
-        boundary = last_need is not None and need > last_need
         last_need = need if last_need is None else max(need, last_need)
-        chunk = Chunk(pos, data, record.tcp_flags, last_need, record.time_ns)
+        chunk = Chunk(pos, data, record.tcp_flags & _FLAGS, last_need, record.time_ns)
         if chunk.end <= target.snd_una:
-            continue  # acknowledged: only there to say where a request began
-        chunk.boundary = boundary
+            continue  # acknowledged: only there to say what the client had received before
+        chunk.boundary = bool(record.tcp_flags & LOG_BOUNDARY)
         if chunk.pos >= target.snd_nxt:
             online.queue.append(chunk)
             online.held_bytes += len(data)

@@ -8,7 +8,6 @@ one to the target. Who may be copied at all is admission.py's business.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
-from typing import Protocol
 
 from pycopy.abi import (
     ACK,
@@ -30,7 +29,7 @@ from pycopy.seq import MASK
 from pycopy.session.addresses import Addresses, IsFree
 from pycopy.session.admission import Admission
 from pycopy.session.arrival import MAX_WSCALE, MIN_MSS
-from pycopy.session.handover import Logged, adopt, describe, may_give
+from pycopy.session.handover import Kernel, Logged, adopt, describe, may_give
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.session import Emission, Session, drop
 from pycopy.session.states import Outcome, State
@@ -57,24 +56,6 @@ _ALL_OPTIONS = OPT_MSS | OPT_WSCALE | OPT_SACK_PERM | OPT_TIMESTAMPS
 _MID_REQUEST = frozenset(
     {Outcome.GAP, Outcome.QUEUE_FULL, Outcome.TARGET_SILENT, Outcome.INTERCEPT_ENDED}
 )
-
-
-class Kernel(Protocol):
-    """What the table asks of the sessions that the kernel keeps (pycopy/fastpath/)."""
-
-    def fetch_online(self, key: bytes) -> tuple[KernelSession, list[Logged]] | None: ...
-
-    def fetch_target(self, key: bytes) -> tuple[KernelSession, list[Logged]] | None: ...
-
-    def give(self, session: KernelSession) -> bool: ...
-
-    def claim(self, target_key: bytes, over_lingering: bool = False) -> bool: ...
-
-    def own_online(self, online_key: bytes) -> None: ...
-
-    def disown_online(self, online_key: bytes) -> None: ...
-
-    def now_active(self) -> int: ...
 
 
 class Table:
@@ -164,6 +145,9 @@ class Table:
         session = adopt(self, *found, now_ns)
         self.by_online.setdefault(session.key, session)
         self.by_target[session.target_key] = session
+        # Whatever became of the segment that brought it here: its own clock is to be set.
+        session.deadline_ns = now_ns
+        self.schedule(session)
         return session
 
     def adopt_all(self, found: Iterable[tuple[KernelSession, list[Logged]]], now_ns: int) -> None:

@@ -47,8 +47,9 @@ class Program:
     """One loaded program with its ring and its counters."""
 
     def __init__(
-        self, source, hook, counts, *, prelude, ring_bytes=RING_BYTES, l2_bytes=14, **more
-    ):
+        self, source, hook, counts, *, prelude, ring_bytes=RING_BYTES, l2_bytes=14, map_fds=(),
+        **more,
+    ):  # fmt: skip
         self.hook = hook
         self.kinds = counts
         defines = {
@@ -57,7 +58,7 @@ class Program:
             "PYCOPY_RING_BYTES": ring_bytes,
             **more,
         }
-        self.module = load(source, defines=defines, prelude=prelude)
+        self.module = load(source, defines=defines, prelude=prelude, map_fds=map_fds)
         self.maps = self.module.maps
         self.ring = Ring(self.maps["segments"].fd, ring_bytes)
         self.changed = {}

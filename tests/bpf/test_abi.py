@@ -3,8 +3,9 @@
 import re
 import struct
 
-from pycopy import abi, link
+from pycopy import abi, ledger, link
 from pycopy.loader import load
+from pycopy.session.states import State
 
 #: Width in bytes of each letter of a struct format.
 WIDTHS = {"Q": 8, "I": 4, "H": 2, "B": 1}
@@ -101,3 +102,81 @@ def test_constants(tmp_path):
         **{f"PYCOPY_INT_{kind.name}": kind.value for kind in abi.InterceptCount},
     }
     assert dict(zip(expected, facts(tmp_path, *expected), strict=True)) == expected
+
+
+# -- sessions that the kernel keeps -------------------------------------------------------------
+
+HOP = ("ifindex", "usable", "family", "mss", "l2", "target_port", "source", "target")
+FAST_CONFIG = (
+    "now_ns", "quiet_ns", "quiet_max_ns", "delayed_ack_ns", "rto_initial_ns", "rto_min_ns",
+    "rto_max_ns", "time_wait_ns", "keepalive_ns", "idle_ns", "timestamp_origin", "closed",
+    "wait_for_response", "ports",
+)  # fmt: skip
+
+
+def test_kernel_session(tmp_path):
+    check_layout(tmp_path, "pycopy_session", abi.KERNEL_SESSION, abi.KernelSession._fields)
+
+
+def test_flow_and_attention(tmp_path):
+    check_layout(tmp_path, "pycopy_flow", abi.FLOW, ("slot", "generation"))
+    check_layout(tmp_path, "pycopy_attention", abi.ATTENTION, ("slot", "generation"))
+
+
+def test_log(tmp_path):
+    check_layout(tmp_path, "pycopy_log_record", abi.LOG_RECORD, abi.LogRecord._fields)
+    check_layout(tmp_path, "pycopy_log_head", abi.LOG_HEAD, ("head", "tail", "reserved"))
+
+
+def test_hop(tmp_path):
+    check_layout(tmp_path, "pycopy_hop", abi.HOP, HOP)
+
+
+def test_fast_config(tmp_path):
+    check_layout(tmp_path, "pycopy_fast_config", abi.FAST_CONFIG, FAST_CONFIG)
+
+
+def test_command(tmp_path):
+    """A header, and behind it a whole session."""
+    packed = struct.Struct(f"{abi.COMMAND.format}{abi.KERNEL_SESSION.size}s")
+    names = ("request", "slot", "generation", "reserved", "session")
+    check_layout(tmp_path, "pycopy_command", packed, names)
+
+
+def test_structs_of_the_kernels_sessions_have_no_padding():
+    for packed, names in (
+        (abi.KERNEL_SESSION, abi.KernelSession._fields),
+        (abi.LOG_RECORD, abi.LogRecord._fields),
+        (abi.HOP, HOP),
+        (abi.FAST_CONFIG, FAST_CONFIG),
+    ):
+        assert sum(width for _, width in layout(packed, names).values()) == packed.size
+
+
+def test_constants_of_the_kernels_sessions(tmp_path):
+    expected = {
+        **{f"PYCOPY_{owner.name}": owner.value for owner in abi.Owner},
+        **{f"PYCOPY_{state.name}": state.value for state in State},
+        **{f"PYCOPY_LEFT_{left.name}": left.value for left in abi.Left},
+        "PYCOPY_LEFT_REASONS": len(abi.Left),
+        **{f"PYCOPY_FAST_{count.name}": count.value for count in abi.FastCount},
+        "PYCOPY_FAST_COUNTS": abi.FAST_COUNTS,
+        **{f"PYCOPY_KNOWN_{bit}": getattr(abi, f"KNOWN_{bit}")
+           for bit in ("IRS", "NEED", "FIN", "TIME", "SENT")},
+        **{f"PYCOPY_{request}": getattr(abi, request) for request in ("TAKE", "GIVE", "DROP")},
+        **{f"PYCOPY_TIMER_{mark}": getattr(abi, f"TIMER_{mark}")
+           for mark in ("BEGIN", "BEGIN_ALL", "GO_ON", "GO_ON_ALL", "DONE")},
+        "PYCOPY_HELD_MAX": abi.HELD_MAX,
+        "PYCOPY_NO_SLOT": abi.NO_SLOT,
+        "PYCOPY_LOG_CPU_SHIFT": abi.LOG_CPU_SHIFT,
+        "PYCOPY_LOG_BOUNDARY": abi.LOG_BOUNDARY,
+        "PYCOPY_LOG_PAYLOAD": abi.LOG_PAYLOAD,
+        "PYCOPY_WORK_BYTES": abi.WORK_BYTES,
+        "PYCOPY_HOLD_BUCKETS": abi.HOLD_BUCKETS,
+    }  # fmt: skip
+    assert dict(zip(expected, facts(tmp_path, *expected), strict=True)) == expected
+
+
+def test_every_bucket_of_the_ledgers_histogram_is_counted():
+    assert abi.HOLD_BUCKETS == len(ledger.HOLD_BUCKETS_US) + 1 == len(ledger.Ledger().hold)
+    assert abi.FastCount.LEFT == abi.FastCount.HOLD_TIME + abi.HOLD_BUCKETS

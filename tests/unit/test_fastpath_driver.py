@@ -1,0 +1,178 @@
+"""What the driver makes of the kernel's counters and of the run's choices; no kernel here."""
+
+import random
+
+import pytest
+
+from pycopy import cli
+from pycopy.abi import FAST_COUNTS, FastCount, Left
+from pycopy.fastpath import driver as driver_module
+from pycopy.fastpath.driver import NOT_SENT, REST_NS, SWEEP_NS, TICK_NS, FastPath
+from pycopy.fastpath.kernel import active
+from pycopy.ledger import Count, Fate, Ledger, ResponseFate
+from pycopy.session.states import Outcome
+
+LINE = "-x 80-10.0.0.2:8080 --max-sessions 99"
+
+#: Counters that stand nowhere in the ledger by themselves: they say how many sessions are the
+#: kernel's now, and why others are not (ledger section "fastpath").
+NOT_IN_THE_LEDGER = {FastCount.TAKEN, FastCount.GIVEN, FastCount.LEFT}
+
+
+class Kernel:
+    """Counters that a test sets, and what it was told."""
+
+    def __init__(self, services, max_sessions):
+        self.size = services, max_sessions
+        self.now = [0] * FAST_COUNTS
+        self.pending, self.told = False, []
+
+    def counters(self):
+        return list(self.now)
+
+    def __getattr__(self, name):
+        return lambda *args: self.told.append((name, *args)) or ()
+
+
+class Table:
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *args: self.calls.append((name, *args))
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """``make(more words of a command line)``: a fast path over a ledger, nothing else real."""
+    monkeypatch.setattr(driver_module, "KernelSessions", Kernel)
+
+    def one(*words):
+        path = FastPath(cli.replay_config([*LINE.split(), *words]))
+        path._ledger, path._table = Ledger(), Table()
+        return path
+
+    return one
+
+
+def grow(path, **counts):
+    for name, number in counts.items():
+        path.kernel.now[FastCount[name]] += number
+    path._ledger.active = 0
+    path.refresh()
+    return path._ledger
+
+
+def numbers(ledger):
+    """Everything in the ledger that a counter can move."""
+    return [
+        *ledger.counts, *ledger.fates, *ledger.responses, *ledger.hold,
+        *ledger.outcomes.values(), sum(ledger.send_errors.values()),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", FastCount, ids=lambda one: one.name)
+def test_every_counter_stands_in_the_ledger_or_need_not(make, count):
+    path = make()
+    before = numbers(path._ledger)
+    ledger = grow(path, **{count.name: 3})
+    assert (numbers(ledger) == before) == (count in NOT_IN_THE_LEDGER)
+
+
+def test_every_bucket_of_hold_times_and_every_reason(make):
+    path = make()
+    path.kernel.now = list(range(FAST_COUNTS))
+    path.refresh()
+    first = FastCount.HOLD_TIME
+    assert path._ledger.hold == list(range(first, first + len(path._ledger.hold)))
+    section = path._ledger.fastpath
+    for left in Left:
+        assert section[f"left_{left.name.lower()}"] == FastCount.LEFT + left
+    assert section["sessions_taken"] == FastCount.TAKEN
+    assert section["sessions_given"] == FastCount.GIVEN
+
+
+def test_the_ledger_balances_as_the_kernel_does(make):
+    path, noise = make(), random.Random(7)
+    for _ in range(20):
+        sent, held, steered, repeated = (noise.randrange(100) for _ in range(4))
+        grow(
+            path, CLIENT=sent + held + steered + repeated, SENT_AT_ONCE=sent, HELD=held,
+            STEERED=steered, DUPLICATE=repeated, RELEASED=noise.randrange(held + 1),
+            RESPONSES=steered + repeated, RESPONSES_STEERED=steered, RESPONSES_DUPLICATE=repeated,
+        )  # fmt: skip
+    ledger = path._ledger
+    assert ledger.counts[Count.CAPTURED] == sum(ledger.fates)
+    assert ledger.counts[Count.RESPONSES] == sum(ledger.responses)
+    assert (
+        ledger.fates[Fate.HELD]
+        == path.kernel.now[FastCount.HELD] - (path.kernel.now[FastCount.RELEASED])
+    )
+    assert ledger.responses[ResponseFate.STEERED] == path.kernel.now[FastCount.RESPONSES_STEERED]
+
+
+def test_counters_are_added_once(make):
+    path = make()
+    grow(path, OPENED=5, CLOSED=2, OUT_FAILED=3)
+    ledger = grow(path, OUT_FAILED=1)
+    assert ledger.counts[Count.SESSIONS] == 5 and ledger.outcomes[Outcome.CLOSED] == 2
+    assert ledger.send_errors == {NOT_SENT: 4}
+    assert ledger.active == 3
+
+
+def test_sessions_of_the_kernels():
+    counts = [0] * FAST_COUNTS
+    for name, number in {"OPENED": 10, "GIVEN": 3, "TAKEN": 5, "CLOSED": 2}.items():
+        counts[FastCount[name]] = number
+    assert active(counts) == 6
+
+
+def test_the_share_that_stayed_in_the_kernel(make):
+    path = make()
+    assert grow(path).fastpath["kernel_percent"] == 0.0
+    path._ledger.counts[Count.CAPTURED] += 1
+    section = grow(path, CLIENT=2, SENT_AT_ONCE=2, RESPONSES=1, RESPONSES_STEERED=1).fastpath
+    assert (section["kernel_segments"], section["user_segments"]) == (3, 1)
+    assert section["kernel_percent"] == 75.0
+    assert "left_order" not in section
+
+
+@pytest.mark.parametrize(("words", "closed"), [((), False), (("-r", "50"), True), (("-g",), True)])
+def test_sampling_is_user_spaces(make, words, closed):
+    """And so is everything while sessions may not be opened."""
+    path = make(*words)
+    path.set_closed(False)
+    path.set_closed(True)
+    assert path.kernel.told == [("set_closed", closed), ("set_closed", True)]
+
+
+def test_the_kernels_maps_are_as_large_as_the_run(make):
+    assert make().kernel.size == (1, 99)
+
+
+def test_time_passes_faster_while_something_is_pending(make):
+    path = make()
+    path.on_timer(7)
+    assert path.deadline_ns == 7 + REST_NS
+    assert path.kernel.told == [("sweep",), ("on_timer",)]
+    path.kernel.pending = True
+    path.on_timer(8)
+    assert path.deadline_ns == 8 + TICK_NS and len(path.kernel.told) == 3
+    path.on_timer(7 + SWEEP_NS)
+    assert path.kernel.told[3:] == [("sweep",), ("on_timer",)]
+    assert path._table.calls[-1] == ("adopt_all", (), 7 + SWEEP_NS)
+
+
+def test_the_end_of_the_run(make):
+    path = make()
+    path.stop(9)
+    path.after_turn()
+    assert path.kernel.told == [("set_closed", True), ("fetch_all",)]
+    assert path._table.calls == [("adopt_all", (), 9), ("give_back",)]
+    path.close()
+    assert path.kernel.told[-1] == ("close",)
+
+
+def test_no_fastpath_is_an_option_of_replay():
+    assert cli.replay_config(LINE.split()).fastpath
+    assert not cli.replay_config([*LINE.split(), "--no-fastpath"]).fastpath

@@ -1,0 +1,63 @@
+"""How large the shared maps are, and what programs are told of them."""
+
+import pytest
+
+from pycopy import abi, link
+from pycopy.fastpath import maps as maps_module
+from pycopy.fastpath.maps import LOG_MIN_BYTES, LOG_TOTAL_BYTES, SLOTS_MAX, Maps, log_bytes
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 7, 8, 31, 32, 33, 128, 1024])
+def test_each_cpus_log_is_a_power_of_two_of_its_share(cpus):
+    size = log_bytes(cpus)
+    assert size & size - 1 == 0 and size >= LOG_MIN_BYTES
+    assert size * cpus <= max(LOG_TOTAL_BYTES, LOG_MIN_BYTES * cpus)
+    assert 2 * size * cpus > LOG_TOTAL_BYTES
+
+
+def test_one_payload_and_its_record_always_fit():
+    assert 4 * (abi.LOG_PAYLOAD + abi.LOG_RECORD.size) <= LOG_MIN_BYTES
+    assert LOG_MIN_BYTES < 1 << abi.LOG_CPU_SHIFT
+
+
+@pytest.fixture
+def few(root):
+    made = Maps(3, 100)
+    yield made
+    made.close()
+
+
+def test_sizes(few):
+    sizes = {name: each.max_entries for name, each in few.by_name.items()}
+    assert few.slots == sizes["sessions"] == sizes["slots"] == 100
+    assert sizes["flows"] == 200 and sizes["targets"] == 300
+    assert sizes["pending"] == 2  # words of 64 sessions
+    assert sizes["hops"] == sizes["next_port"] == 3
+    assert sizes["log"] == few.cpus == link.possible_cpus()
+    assert len(few.log) >= few.log_at(few.cpus - 1) + few.log_value_bytes
+    values = {name: each.value_bytes for name, each in few.by_name.items()}
+    assert values["sessions"] == abi.KERNEL_SESSION.size
+    assert values["counts"] == 8 * abi.FAST_COUNTS
+
+
+def test_programs_are_told_of_every_map(few):
+    told = few.defines()
+    assert told["PYCOPY_SLOTS"] == 100 and told["PYCOPY_LOG_BYTES"] == few.log_bytes
+    for name, each in few.by_name.items():
+        assert told[f"PYCOPY_MAP_{name.upper()}"] == each.fd
+    assert sorted(few.fds) == sorted(each.fd for each in few.by_name.values())
+
+
+def test_slots_are_bounded(root, monkeypatch):
+    monkeypatch.setattr(maps_module, "SLOTS_MAX", 64)
+    made = Maps(1, 1000)
+    assert made.slots == 64 and made.by_name["pending"].max_entries == 1
+    assert made.by_name["flows"].max_entries == 1064
+    made.close()
+    assert SLOTS_MAX == 1 << 16
+
+
+def test_closing_twice_is_no_harm(few):
+    few.close()
+    assert few.fds == []
+    few.close()
