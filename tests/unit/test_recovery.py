@@ -140,6 +140,21 @@ def test_thresholds_for_few_segments():
         assert answers.index(True) == needed - 1, segments
 
 
+def test_small_segments_count_as_segments():
+    mine = target(2, 100)
+    mine.smss = 1000
+    assert recovery.on_duplicate_ack(mine)
+
+
+def test_what_was_sent_since_recovery_began_is_not_repeated():
+    mine = target(4)
+    while not recovery.on_duplicate_ack(mine):
+        pass
+    mine.snd_nxt += 2000
+    acknowledge(mine, 3501)
+    assert holes(mine) == [(3501, 4001)]
+
+
 def test_a_super_segment_counts_as_what_the_kernel_makes_of_it():
     """RFC 5827 3.1 counts segments: one chunk of 1.5 MSS is two on the wire, of 2.5 three."""
     for size, needed in (1500, 1), (2500, 2), (3500, 3):
