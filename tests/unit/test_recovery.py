@@ -109,6 +109,32 @@ def test_sack_of_the_last_byte_and_of_none():
     assert mine.sacked == ()
 
 
+def test_sack_within_what_was_reported_changes_nothing():
+    mine = target(10)
+    recovery.note_sack(mine, [(2001, 5001)])
+    recovery.note_sack(mine, [(3001, 4001)])
+    assert mine.sacked == ((2001, 5001),)
+
+
+def test_no_burst_at_the_end_of_recovery():
+    """RFC 6582 3.2 step 3: min(ssthresh, max(FlightSize, SMSS) + SMSS)."""
+    for flight_bytes, cwnd in (6000, 4000), (2500, 3500), (0, 2000):
+        mine = target(8)
+        while not recovery.on_duplicate_ack(mine):
+            pass
+        mine.snd_nxt += flight_bytes
+        acknowledge(mine, 8001)
+        assert mine.cwnd == cwnd
+
+
+def test_a_report_far_ahead_does_not_widen_the_hole():
+    mine = target(10)
+    while not recovery.on_duplicate_ack(mine):
+        pass
+    recovery.note_sack(mine, [(5001, 6001)])
+    assert holes(mine) == [(1, 1001)]
+
+
 def test_fast_retransmit_repeats_holes_only():
     mine = target(10)
     recovery.note_sack(mine, [(1001, 2001), (3001, 4001)])
@@ -140,6 +166,21 @@ def test_thresholds_for_few_segments():
         assert answers.index(True) == needed - 1, segments
 
 
+def test_small_segments_count_as_segments():
+    mine = target(2, 100)
+    mine.smss = 1000
+    assert recovery.on_duplicate_ack(mine)
+
+
+def test_what_was_sent_since_recovery_began_is_not_repeated():
+    mine = target(4)
+    while not recovery.on_duplicate_ack(mine):
+        pass
+    mine.snd_nxt += 2000
+    acknowledge(mine, 3501)
+    assert holes(mine) == [(3501, 4001)]
+
+
 def test_a_super_segment_counts_as_what_the_kernel_makes_of_it():
     """RFC 5827 3.1 counts segments: one chunk of 1.5 MSS is two on the wire, of 2.5 three."""
     for size, needed in (1500, 1), (2500, 2), (3500, 3):
@@ -166,6 +207,8 @@ def test_what_the_target_reported_does_not_count_as_repeated():
     mine.cwnd, mine.resend_next = 4000, 4001
     recovery.note_sack(mine, [(1001, 2001)])
     assert recovery.next_hole(mine) == (4001, 5001)  # 1 to 1001 and 2001 to 4001 were
+    mine.resend_next = 1501  # half of what was repeated was reported since
+    assert recovery.next_hole(mine) == (2001, 5001)
 
 
 def test_no_recovery_no_holes():

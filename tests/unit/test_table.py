@@ -148,6 +148,17 @@ def test_addresses_run_out():
     assert not bench.ledger.balance()[1:]
 
 
+def test_addresses_run_out_for_a_second_connection():
+    """The port of the first one would do by number, and what is delayed of it would fit in."""
+    bench = Bench(SelfPorts([5000], lambda target: TARGET))
+    key = bench.open(1).target_key
+    bench.target(key, FIN | ACK, 1, 1)
+    bench.client(1, PSH | ACK, 1, 1, b"request")
+    assert bench.ledger.fates[Fate.REFUSED_NO_ADDRESS] == 1
+    assert bench.ledger.counts[Count.REOPENED] == 0
+    assert not bench.ledger.balance()[1:]
+
+
 def test_a_lingering_session_gives_way():
     bench = Bench(SelfPorts([5000], lambda target: TARGET))
     bench.open(1)
@@ -180,14 +191,18 @@ def test_timers_do_not_pile_up(monkeypatch):
 def test_cleaning_the_timers_keeps_those_that_are_to_come(monkeypatch):
     monkeypatch.setattr(table_module, "STALE_TIMERS", 4)
     bench = Bench()
-    session = bench.open(1)
-    bench.client(2, SYN)
-    waiting = bench.table.outbox[-1].session  # until its SYN is due again
+    session, waiting = bench.open(1), []
+    for number in range(2, 9):  # until their SYNs are due again, the last first
+        bench.now_ns = (9 - number) * MS
+        bench.client(number, SYN)
+        waiting.insert(0, bench.table.outbox[-1].session)
     for _ in gap_and_answers(bench, session, 20):
-        assert len(bench.table._timers) <= 2 * 2 + 4
+        timers = bench.table._timers
+        assert len(timers) <= 2 * 8 + 4
+        assert timers[0] == min(timers, key=lambda each: each[:2])
     bench.table.outbox.clear()
-    bench.until(SECOND)
-    assert [each.flags for each in bench.table.outbox if each.session is waiting] == [SYN]
+    bench.until(SECOND + 10 * MS)
+    assert [each.session for each in bench.table.outbox if each.session in waiting] == waiting
 
 
 def test_ended_sessions_leave_the_timers(monkeypatch):
@@ -222,6 +237,20 @@ def test_the_path_to_the_target_limits_the_mss():
     bench = Bench()
     bench.table._path_mss = {TARGET: 1000}.__getitem__
     assert bench.open(1).target.mss == 1000
+
+
+@pytest.mark.parametrize("why", [Outcome.INTERCEPT_ENDED, Outcome.TARGET_SILENT])
+def test_sessions_that_were_ended_are_not_joined_in_the_middle(why):
+    """The intercept comes back while the client is still sending its request."""
+    bench = Bench()
+    bench.open(1)
+    bench.client(1, PSH | ACK, 1, 1, b"half a ")
+    bench.now_ns = SECOND
+    bench.table.end_all(bench.now_ns, why, Fate.DROPPED_TARGET_SILENT)
+    bench.client(1, PSH | ACK, 8, 1, b"request")
+    assert bench.ledger.fates[Fate.REFUSED_MID_STREAM] == 1
+    bench.client(1, PSH | ACK, 15, 501, b"another")
+    assert bench.ledger.counts[Count.MID_STREAM] == 1
 
 
 def test_busy_counts_what_is_not_through():
