@@ -231,19 +231,18 @@ static __always_inline long pycopy_clone_as(PYCOPY_CTX *ctx, struct pycopy_work 
 	return failed;
 }
 
-/* The packet at hand becomes the segment `work->reply`, with `payload` bytes from the
- * log's record (0: none).  Zero: it is ready to be redirected.
+/* The packet at hand becomes the segment `work->reply`, with `payload` bytes out of the
+ * log (0: none, `from` is null).  Zero: it is ready to be redirected.
  */
 static __always_inline long pycopy_become(PYCOPY_CTX *ctx, struct pycopy_work *work,
 					  const struct pycopy_key *key, const struct pycopy_hop *hop,
 					  const struct pycopy_fast_config *config,
-					  const u32 ip_bytes, struct pycopy_log_record *record)
+					  const u32 ip_bytes, void *from, u64 payload)
 {
 	const u32 tcp_at = PYCOPY_L2_BYTES + ip_bytes;
 	const u32 addresses_at = PYCOPY_L2_BYTES + (ip_bytes == 20 ? 12 : 8);
 	const u32 timestamps = work->reply.options & PYCOPY_OPT_TIMESTAMPS;
 	u64 header_bytes = timestamps ? 32 : 20;
-	u64 payload = record ? record->seg_len : 0;
 	u8 *fresh = work->fresh;
 	u32 pseudo, total;
 
@@ -262,12 +261,10 @@ static __always_inline long pycopy_become(PYCOPY_CTX *ctx, struct pycopy_work *w
 	pseudo = pycopy_fold(pseudo);
 	total = timestamps ? pycopy_sum(fresh + tcp_at, 32, pseudo)
 			   : pycopy_sum(fresh + tcp_at, 20, pseudo);
-	if (record) {
-		void *from = record + 1;
-
+	if (from) {
 #pragma clang loop unroll(disable)
 		for (u64 done = 0; done < PYCOPY_RELEASE_BYTES; done += PYCOPY_SUM_BYTES) {
-			/* There are zeros behind the payload. */
+			/* Whole words, or there are zeros behind the payload. */
 			u64 bytes = (payload - done + 3) & ~3ULL;
 
 			if (done >= payload)
@@ -284,8 +281,7 @@ static __always_inline long pycopy_become(PYCOPY_CTX *ctx, struct pycopy_work *w
 	pycopy_put16(fresh + tcp_at + 16, pseudo);
 	if (bpf_skb_store_bytes(ctx, 0, fresh, tcp_at + header_bytes, 0))
 		return -1;
-	if (record && payload &&
-	    bpf_skb_store_bytes(ctx, tcp_at + header_bytes, record + 1, payload, 0))
+	if (from && payload && bpf_skb_store_bytes(ctx, tcp_at + header_bytes, from, payload, 0))
 		return -1;
 	return bpf_l4_csum_replace(ctx, tcp_at + 16, 0,
 				   (u32)pycopy_fold((u64)pycopy_fold(total) + pseudo), 0);

@@ -99,11 +99,12 @@ static __always_inline u16 pycopy_needs(const struct pycopy_session *s,
 			quiet_ns = config->quiet_ns;
 		if (quiet_ns > config->quiet_max_ns)
 			quiet_ns = config->quiet_max_ns;
-		if (s->rcv_nxt != s->answered && silent_ns >= quiet_ns)
-			return PYCOPY_LEFT_QUIET;
-		if (silent_ns >= config->quiet_max_ns)
-			return PYCOPY_LEFT_SILENT;
-		return PYCOPY_LEFT_REASONS;
+		/* Not answered yet, or not greeted: for how long is the engine's to say. */
+		if (s->known & PYCOPY_KNOWN_SENT ? s->rcv_nxt == s->answered
+						 : s->rcv_nxt - s->irs == 1)
+			return silent_ns >= config->quiet_max_ns ? PYCOPY_LEFT_SILENT
+								 : PYCOPY_LEFT_REASONS;
+		return silent_ns >= quiet_ns ? PYCOPY_LEFT_QUIET : PYCOPY_LEFT_REASONS;
 	}
 	if (all && unheard_ns >= config->idle_ns &&
 	    (silent_ns >= config->idle_ns || s->state == PYCOPY_FIN_WAIT_2))
@@ -129,7 +130,7 @@ static __always_inline void pycopy_expire(struct pycopy_session *s, struct pycop
 static __always_inline int pycopy_forgive(struct pycopy_session *s, struct pycopy_work *work,
 					  const struct pycopy_fast_config *config, u64 *counts)
 {
-	u64 at = s->held_at[s->held_first & (PYCOPY_HELD_MAX - 1)];
+	u64 at = s->held_at;
 	struct pycopy_log_record *record = pycopy_log_find(at);
 	int forgiven = 0;
 	s32 owed;
@@ -140,7 +141,7 @@ static __always_inline int pycopy_forgive(struct pycopy_session *s, struct pycop
 	bpf_spin_lock(&s->lock);
 	owed = pycopy_owed(s, work->record.ack);
 	if (pycopy_is_ours(s, &work->flow) && s->held && owed > 0 &&
-	    s->held_at[s->held_first & (PYCOPY_HELD_MAX - 1)] == at) {
+	    s->held_at == at) {
 		s->need_base += owed;
 		forgiven = 1;
 	}
@@ -177,7 +178,8 @@ static __always_inline u32 pycopy_look(struct __sk_buff *ctx, u32 slot, struct p
 		bpf_spin_unlock(&s->lock);
 		if (left)
 			pycopy_hand_over(s, &work->flow, counts);
-		else if (why == PYCOPY_LEFT_QUIET && !pycopy_forgive(s, work, config, counts))
+		else if (why == PYCOPY_LEFT_QUIET && !pycopy_forgive(s, work, config, counts) &&
+			 pycopy_since(s->progress_ns, now_ns) >= config->quiet_max_ns)
 			pycopy_expel(s, &work->flow, counts, why);
 	}
 	if (s->owner == PYCOPY_LEAVING) {

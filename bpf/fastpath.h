@@ -24,8 +24,8 @@ enum pycopy_kept {
 	PYCOPY_GONE_OUT, /* the packet has become a frame to the target: redirect it */
 };
 
-/* Held segments that one response releases at most; the timer goes on. */
-#define PYCOPY_RELEASES 4
+/* Frames of held segments that one response releases at most; the next one goes on. */
+#define PYCOPY_RELEASES 8
 /* Ports tried for one connection. */
 #define PYCOPY_PORT_TRIES 8
 
@@ -194,22 +194,24 @@ static __always_inline int pycopy_open(PYCOPY_CTX *ctx, struct pycopy_packet *pa
 	s->options = segment->options;
 	s->snd_wscale = 0;
 	s->rcv_wscale = segment->wscale;
-	s->held = s->held_first = 0;
+	s->held = s->held_sent = 0;
 	s->service = service;
 	s->mss = s->smss = mss;
 	s->left = 0;
 	s->known = PYCOPY_KNOWN_TIME;
 	s->iss = s->snd_una = segment->seq;
 	s->online_snd_nxt = s->snd_nxt = s->timed_end = segment->seq + 1;
-	s->online_irs = s->online_rcv_nxt = s->online_need = s->sent_need = s->given_need = 0;
+	s->online_irs = s->online_rcv_nxt = s->online_need = s->sent_need = s->asked = 0;
 	s->irs = s->rcv_nxt = s->rcv_acked = s->ts_recent = s->need_base = s->answered = 0;
+	s->said_before = 0;
 	s->snd_wnd = s->snd_wl1 = s->snd_wl2 = 0;
 	s->cwnd = PYCOPY_INITIAL_WINDOW * mss;
 	s->ssthresh = PYCOPY_NO_SSTHRESH;
-	s->srtt_ns = s->rttvar_ns = s->ack_at = s->log_last = 0;
+	s->srtt_ns = s->rttvar_ns = s->ack_at = s->log_last = s->held_at = 0;
+	s->client_rtt_ns = 0;
 	s->rto_ns = config->rto_initial_ns;
 	s->rto_at = now_ns + config->rto_initial_ns;
-	s->timed_ns = s->progress_ns = s->client_ns = now_ns;
+	s->timed_ns = s->progress_ns = s->client_ns = s->asked_ns = now_ns;
 	s->online = segment->key;
 	s->target = *key;
 	pycopy_reply_of(s, segment->seq, PYCOPY_TCP_SYN, &work->reply);
@@ -284,7 +286,8 @@ static __always_inline int pycopy_find_client(PYCOPY_CTX *ctx, struct pycopy_pac
 		return 1;
 	*kept = PYCOPY_TO_SESSION;
 	if (!(segment->tcp_flags & (PYCOPY_TCP_SYN | PYCOPY_TCP_FIN | PYCOPY_TCP_RST)) &&
-	    !segment->seg_len && s->known & PYCOPY_KNOWN_IRS) {
+	    !segment->seg_len && s->known & PYCOPY_KNOWN_IRS &&
+	    (s32)(segment->ack - s->online_irs) >= 1) {
 		*kept = PYCOPY_IDLE_ACK;
 		return 1;
 	}
@@ -357,6 +360,8 @@ static __always_inline int pycopy_keep_client(PYCOPY_CTX *ctx, struct pycopy_pac
 				       boundary);
 		if (!at)
 			return pycopy_expel(s, &work->flow, counts, PYCOPY_LEFT_LOG);
+		if (s->held)
+			pycopy_log_link(before, at, &work->flow, segment->seq);
 	}
 	now_ns = pycopy_now(config);
 	bpf_spin_lock(&s->lock);
@@ -405,57 +410,63 @@ static __always_inline int pycopy_keep_client(PYCOPY_CTX *ctx, struct pycopy_pac
 
 static __always_inline long pycopy_turn_into(PYCOPY_CTX *ctx, struct pycopy_work *work,
 					     const struct pycopy_hop *hop,
-					     const struct pycopy_fast_config *config,
-					     struct pycopy_log_record *record)
+					     const struct pycopy_fast_config *config, void *from,
+					     u64 payload)
 {
 	if (work->reply.family == 4)
-		return pycopy_become(ctx, work, &work->key, hop, config, 20, record);
-	return pycopy_become(ctx, work, &work->key, hop, config, 40, record);
+		return pycopy_become(ctx, work, &work->key, hop, config, 20, from, payload);
+	return pycopy_become(ctx, work, &work->key, hop, config, 40, from, payload);
 }
 
-/* Sends the oldest held segment if it may leave: GONE_OUT if the packet is it, KEPT if
- * a clone was and more may follow, TO_USER if nothing may leave.
+/* Sends a frame of the oldest held segment if it may leave: GONE_OUT if the packet is it,
+ * KEPT if a clone was and more may follow, TO_USER if nothing may leave.
  */
 static __always_inline int pycopy_release_one(PYCOPY_CTX *ctx, struct pycopy_session *s,
 					      struct pycopy_work *work,
 					      const struct pycopy_hop *hop,
 					      const struct pycopy_fast_config *config, u64 *counts)
 {
-	struct pycopy_log_record *record;
-	u64 at = s->held_at[s->held_first & (PYCOPY_HELD_MAX - 1)], now_ns = pycopy_now(config);
+	const u8 last_only = PYCOPY_TCP_FIN | PYCOPY_TCP_PSH;
+	u64 at = s->held_at, now_ns = pycopy_now(config), offset;
+	struct pycopy_log_record *record = pycopy_log_find(at);
+	u32 from = 0, bytes = 0, is_last = 0;
 	int verdict = PYCOPY_HOLD, more = 0;
 	long failed;
 
-	record = pycopy_log_find(at);
 	if (!s->held || !record)
 		return PYCOPY_TO_USER;
 	work->record = *record;
 	bpf_spin_lock(&s->lock);
-	if (pycopy_is_ours(s, &work->flow) && s->held &&
-	    s->held_at[s->held_first & (PYCOPY_HELD_MAX - 1)] == at) {
-		verdict = pycopy_release(s, config, &work->record, now_ns);
-		pycopy_reply_of(s, work->record.seq,
-				work->record.tcp_flags & (PYCOPY_TCP_FIN | PYCOPY_TCP_PSH),
-				&work->reply);
-		work->key = s->target;
+	if (pycopy_is_ours(s, &work->flow) && s->held && s->held_at == at) {
+		verdict = pycopy_release(s, config, &work->record, now_ns, &from, &bytes);
+		is_last = !s->held_sent;
 		more = s->held;
+		pycopy_reply_of(s, work->record.seq + from,
+				is_last ? work->record.tcp_flags & last_only : 0, &work->reply);
+		work->key = s->target;
 	}
 	bpf_spin_unlock(&s->lock);
 	if (verdict == PYCOPY_LEAVE)
 		pycopy_hand_over(s, &work->flow, counts);
 	if (verdict != PYCOPY_SEND)
 		return PYCOPY_TO_USER;
-	counts[PYCOPY_FAST_RELEASED]++;
-	pycopy_count_hold(counts, now_ns - work->record.time_ns);
-	record->time_ns = now_ns;
-	failed = pycopy_turn_into(ctx, work, hop, config, record);
+	if (is_last) {
+		counts[PYCOPY_FAST_RELEASED]++;
+		pycopy_count_hold(counts, now_ns - work->record.time_ns);
+		record->time_ns = now_ns;
+	}
+	offset = from;
+	PYCOPY_PIN(offset);
+	if (offset > PYCOPY_LOG_PAYLOAD)
+		return PYCOPY_TO_USER;
+	failed = pycopy_turn_into(ctx, work, hop, config, (void *)(record + 1) + offset, bytes);
 	if (!failed && !more) {
-		pycopy_count_out(counts, work->reply.flags, work->record.seg_len, 0);
+		pycopy_count_out(counts, work->reply.flags, bytes, 0);
 		return PYCOPY_GONE_OUT;
 	}
 	if (!failed)
 		failed = bpf_clone_redirect(ctx, hop->ifindex, 0);
-	pycopy_count_out(counts, work->reply.flags, work->record.seg_len, failed);
+	pycopy_count_out(counts, work->reply.flags, bytes, failed);
 	return PYCOPY_KEPT;
 }
 
@@ -485,7 +496,7 @@ static __always_inline int pycopy_pump(PYCOPY_CTX *ctx, struct pycopy_session *s
 	bpf_spin_unlock(&s->lock);
 	if (!due)
 		return PYCOPY_KEPT;
-	if (pycopy_turn_into(ctx, work, hop, config, 0)) {
+	if (pycopy_turn_into(ctx, work, hop, config, 0, 0)) {
 		pycopy_count_out(counts, 0, 0, -1);
 		return PYCOPY_KEPT;
 	}

@@ -22,7 +22,7 @@
 struct pycopy_log {
 	struct pycopy_log_head head;
 	/* A record may begin in the last byte of the ring proper. */
-	__u8 bytes[PYCOPY_LOG_BYTES + PYCOPY_LOG_PAYLOAD + sizeof(struct pycopy_log_record) + 64];
+	__u8 bytes[PYCOPY_LOG_BYTES + PYCOPY_LOG_ROOM];
 };
 
 static __always_inline struct pycopy_log_record *pycopy_log_at(struct pycopy_log *log, u64 offset)
@@ -102,8 +102,20 @@ static __always_inline u64 pycopy_log_append(PYCOPY_CTX *ctx, struct pycopy_segm
 		      !!(segment->tcp_flags & PYCOPY_TCP_FIN);
 	record->time_ns = segment->time_ns;
 	record->before = before;
+	record->next = 0;
 	log->head.head += bytes;
 	return (u64)cpu << PYCOPY_LOG_CPU_SHIFT | (log->head.head - bytes);
+}
+
+/* What stands at `at` will be released behind the session's record before, which is held. */
+static __always_inline void pycopy_log_link(u64 before, u64 at, const struct pycopy_flow *flow,
+					    u32 seq)
+{
+	struct pycopy_log_record *record = pycopy_log_find(before);
+
+	if (record && record->slot == flow->slot && record->generation == flow->generation &&
+	    record->end == seq)
+		record->next = at;
 }
 
 /* The session did not take it after all. */

@@ -171,10 +171,10 @@ enum pycopy_left {
 #define PYCOPY_KNOWN_FIN  0x4 /* the client's FIN was captured: its stream is complete */
 #define PYCOPY_KNOWN_TIME 0x8 /* timed_*: a round trip is being measured */
 #define PYCOPY_KNOWN_SENT 0x10 /* sent_need: something was sent */
-#define PYCOPY_KNOWN_GIVEN 0x20 /* given_need: something was put in order before that */
+#define PYCOPY_KNOWN_OVERLAP 0x20 /* its requests do not wait for answers, as far as we can tell */
 
-/* Client segments that one session holds back at most. */
-#define PYCOPY_HELD_MAX 8
+/* Client segments that one session holds back at most: a list in the log. */
+#define PYCOPY_HELD_MAX 256
 
 struct pycopy_session {
 	struct bpf_spin_lock lock;
@@ -185,8 +185,7 @@ struct pycopy_session {
 	__u8 options;	  /* PYCOPY_OPT_* in use with the target; before its SYN-ACK: offered */
 	__u8 snd_wscale;
 	__u8 rcv_wscale;
-	__u8 held;	 /* how many of held_at[] are in use */
-	__u8 held_first; /* index of the oldest */
+	__u16 held; /* how many segments are held back, from held_at on */
 	__u16 service;
 	__u16 mss;  /* option of our SYN; then the smaller of both sides' */
 	__u16 smss; /* the same less the options of every segment */
@@ -198,7 +197,7 @@ struct pycopy_session {
 	__u32 online_rcv_nxt; /* highest acknowledgement of the client */
 	__u32 online_need;    /* acknowledgement of the last segment put in order */
 	__u32 sent_need;      /* of the last one sent */
-	__u32 given_need;     /* of the last one before user space gave the session back */
+	__u32 asked;	      /* seq behind the last request sent */
 	__u32 irs;
 	__u32 snd_una;
 	__u32 snd_nxt;
@@ -209,10 +208,12 @@ struct pycopy_session {
 	__u32 rcv_acked;
 	__u32 ts_recent;
 	__u32 need_base; /* online response bytes that count as none */
-	__u32 answered;	 /* rcv_nxt when the last request was sent */
+	__u32 answered;	   /* rcv_nxt when the last request was sent */
+	__u32 said_before; /* rcv_nxt while the target had not got it yet */
 	__u32 cwnd;	 /* bytes */
 	__u32 ssthresh;
 	__u32 timed_end; /* acknowledged up to here, the measured round trip is over */
+	__u32 held_sent; /* bytes of the oldest held segment that have left already */
 	__u64 timed_ns;
 	__u64 srtt_ns;
 	__u64 rttvar_ns;
@@ -222,7 +223,9 @@ struct pycopy_session {
 	__u64 progress_ns;
 	__u64 client_ns; /* when the client last spoke */
 	__u64 log_last;	 /* where the client's last segment is in the log, 0: nowhere */
-	__u64 held_at[PYCOPY_HELD_MAX];
+	__u64 held_at;	 /* and the oldest one held */
+	__u64 asked_ns;	 /* when the last request was captured, before the first one the SYN */
+	__u64 client_rtt_ns; /* from here to the client and back, 0: not known */
 	struct pycopy_key online; /* the connection online */
 	struct pycopy_key target; /* and ours to the target */
 };
@@ -253,6 +256,7 @@ struct pycopy_log_record {
 	__u32 end;	/* seq of what follows, FIN included */
 	__u64 time_ns;	/* when it was captured; once it is sent, when that was */
 	__u64 before;	/* the session's previous record */
+	__u64 next;	/* and the next one, if that is held */
 };
 
 /* The head of one CPU's log; PYCOPY_LOG_BYTES of records and room for one more follow. */
@@ -262,8 +266,16 @@ struct pycopy_log_head {
 	__u64 reserved[6];
 };
 
+/* Longest payload of one frame made of the log: jumbo frames. */
+#define PYCOPY_RELEASE_BYTES 9216
+
+/* Behind the ring proper: a record may begin in its last byte, and a frame be made of any
+ * part of it.
+ */
+#define PYCOPY_LOG_ROOM (PYCOPY_LOG_PAYLOAD + PYCOPY_RELEASE_BYTES + 1024)
+
 /* Longest payload that the log takes. */
-#define PYCOPY_LOG_PAYLOAD 65536
+#define PYCOPY_LOG_PAYLOAD 65024
 
 /* The way to a service's target: map "hops", by service. */
 struct pycopy_hop {
@@ -308,7 +320,7 @@ struct pycopy_command {
 	__u32 slot;
 	__u32 generation;
 	__u32 reserved;
-	__u8 session[320]; /* struct pycopy_session */
+	__u8 session[288]; /* struct pycopy_session */
 };
 
 /* Record of the ring "attention": a session that user space must fetch. */

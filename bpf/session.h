@@ -20,9 +20,6 @@
 #define PYCOPY_INITIAL_WINDOW	   10 /* RFC 6928 2, in segments */
 #define PYCOPY_NO_SSTHRESH	   (1U << 30)
 
-/* Longest payload out of the log in one frame: jumbo frames, and what helpers take. */
-#define PYCOPY_RELEASE_BYTES 9216
-
 enum pycopy_verdict {
 	PYCOPY_SEND,	  /* pass it on now */
 	PYCOPY_HOLD,	  /* its place in the log is remembered */
@@ -51,6 +48,7 @@ struct pycopy_offer {
 	__u32 ack;
 	__u32 seg_len;
 	__u32 fin;
+	__u32 boundary; /* a request begins with it */
 };
 
 static __always_inline int pycopy_leave(struct pycopy_session *s, u16 why)
@@ -71,6 +69,19 @@ static __always_inline u32 pycopy_in_flight(const struct pycopy_session *s)
 static __always_inline s32 pycopy_owed(const struct pycopy_session *s, u32 ack)
 {
 	return (ack - s->online_irs - s->need_base) - (s->rcv_nxt - s->irs);
+}
+
+/* A request that the count lets go, though the one before is not answered yet
+ * (release.asks_ahead).
+ */
+static __always_inline int pycopy_asks_ahead(const struct pycopy_session *s,
+					     const struct pycopy_offer *offer)
+{
+	s32 ahead = (offer->ack - s->online_irs - s->need_base) - (s->said_before - s->irs);
+
+	return offer->boundary && offer->seg_len && s->known & PYCOPY_KNOWN_SENT &&
+	       !(s->known & PYCOPY_KNOWN_OVERLAP) && (s32)(s->rcv_nxt - s->said_before) <= 0 &&
+	       ahead < 0;
 }
 
 /* SEND, HOLD, or LEAVE: whether the next segment in order may leave. */
@@ -96,13 +107,18 @@ static __always_inline int pycopy_may_send(struct pycopy_session *s,
 		/* A close waits for quiet where the target has said more (release.py). */
 		if (owed < 0 && !offer->seg_len)
 			return pycopy_leave(s, PYCOPY_LEFT_CLOSE);
+		if (pycopy_asks_ahead(s, offer))
+			return PYCOPY_HOLD;
 	}
-	if (cwnd_room < room)
+	/* A super-segment leaves whole: beyond the congestion window if need be, beyond the
+	 * target's own never.
+	 */
+	if (cwnd_room < room && (offer->seg_len <= s->smss || cwnd_room <= 0))
 		room = cwnd_room;
 	if (offer->seg_len > room || room < 0) {
-		if (pycopy_in_flight(s) && room < s->smss)
-			return PYCOPY_HOLD; /* RFC 9293 3.8.6.2.1; acknowledgements are coming */
-		return pycopy_leave(s, PYCOPY_LEFT_QUEUE); /* to be cut, or a window to be probed */
+		if (pycopy_in_flight(s))
+			return PYCOPY_HOLD; /* acknowledgements are coming */
+		return pycopy_leave(s, PYCOPY_LEFT_QUEUE); /* a window to be probed */
 	}
 	return PYCOPY_SEND;
 }
@@ -111,9 +127,10 @@ static __always_inline int pycopy_may_send(struct pycopy_session *s,
 static __always_inline void pycopy_sent(struct pycopy_session *s, const struct pycopy_offer *offer,
 					u64 now_ns)
 {
-	/* What the client had received since its segment before makes this a new request. */
-	if (!(s->known & PYCOPY_KNOWN_SENT) || (s32)(offer->ack - s->sent_need) > 0)
-		s->answered = s->rcv_nxt;
+	if (offer->boundary) {
+		s->answered = s->said_before = s->rcv_nxt;
+		s->asked = offer->end;
+	}
 	s->sent_need = offer->ack;
 	s->known |= PYCOPY_KNOWN_SENT;
 	if (!pycopy_in_flight(s))
@@ -149,6 +166,8 @@ static __always_inline int pycopy_client_arrives(struct pycopy_session *s,
 	if (!(segment->tcp_flags & PYCOPY_TCP_ACK))
 		return pycopy_leave(s, PYCOPY_LEFT_OPTIONS);
 	if (!(s->known & PYCOPY_KNOWN_IRS)) {
+		if (!offer.seg_len)
+			s->client_rtt_ns = now_ns - s->asked_ns;
 		s->known |= PYCOPY_KNOWN_IRS;
 		s->online_irs = segment->ack - 1;
 		s->online_rcv_nxt = segment->ack;
@@ -168,9 +187,18 @@ static __always_inline int pycopy_client_arrives(struct pycopy_session *s,
 		verdict = PYCOPY_STEERED;
 		goto heard;
 	}
-	/* An ACK never moves back: a segment that was overtaken has a lower one. */
-	if (s->known & PYCOPY_KNOWN_NEED && (s32)(offer.ack - s->online_need) < 0)
+	/* An ACK never moves back: a segment that was overtaken has a lower one.  What the
+	 * client had received since its segment before makes this one a new request.
+	 */
+	offer.boundary = !(s->known & PYCOPY_KNOWN_NEED) || (s32)(offer.ack - s->online_need) > 0;
+	if (!offer.boundary)
 		offer.ack = s->online_need;
+	if (offer.boundary && offer.seg_len) {
+		/* Sooner than an answer could come and a request go (stream._append). */
+		if (2 * (now_ns - s->asked_ns) < s->client_rtt_ns)
+			s->known |= PYCOPY_KNOWN_OVERLAP;
+		s->asked_ns = now_ns;
+	}
 	if (s->held)
 		verdict = PYCOPY_HOLD;
 	else
@@ -178,11 +206,12 @@ static __always_inline int pycopy_client_arrives(struct pycopy_session *s,
 	if (verdict == PYCOPY_LEAVE)
 		return verdict;
 	if (verdict == PYCOPY_HOLD) {
-		/* A release is one frame; what is longer is cut by the engine. */
-		if (s->held >= PYCOPY_HELD_MAX || offer.seg_len > PYCOPY_RELEASE_BYTES ||
-		    offer.seg_len > (s->state == PYCOPY_SYN_SENT ? s->mss - 40 : s->smss))
+		if (s->held >= PYCOPY_HELD_MAX)
 			return pycopy_leave(s, PYCOPY_LEFT_QUEUE);
-		s->held_at[(s->held_first + s->held) & (PYCOPY_HELD_MAX - 1)] = at;
+		if (!s->held) {
+			s->held_at = at;
+			s->held_sent = 0;
+		}
 		s->held++;
 	} else {
 		pycopy_sent(s, &offer, now_ns);
@@ -398,6 +427,8 @@ static __always_inline int pycopy_target_arrives(struct pycopy_session *s,
 		return PYCOPY_DUPLICATE;
 	}
 	s->rcv_nxt = end;
+	if (s->known & PYCOPY_KNOWN_SENT && (s32)(s->snd_una - s->asked) < 0)
+		s->said_before = end; /* an answer to those before */
 	s->progress_ns = now_ns;
 	if (fin || s->rcv_nxt - s->rcv_acked >= 2 * (u32)s->smss)
 		s->ack_at = now_ns; /* RFC 5681 4.2 */
@@ -418,28 +449,41 @@ static __always_inline int pycopy_acknowledge(struct pycopy_session *s, u64 now_
 	return 1;
 }
 
-/* The oldest held segment, if it may leave now. */
+/* A piece of the oldest held segment, as much as one frame takes, if it may leave now:
+ * SEND, and from where in its payload.
+ */
 static __always_inline int pycopy_release(struct pycopy_session *s,
 					  const struct pycopy_fast_config *config,
-					  const struct pycopy_log_record *record, u64 now_ns)
+					  const struct pycopy_log_record *record, u64 now_ns,
+					  u32 *from, u32 *bytes)
 {
-	struct pycopy_offer offer = {
-		.seg_len = record->seg_len,
-		.end = record->end,
-		.fin = record->end - record->seq - record->seg_len,
-		.ack = record->ack,
-	};
+	u32 left = record->seg_len - s->held_sent, frame = s->smss;
+	struct pycopy_offer offer = {.ack = record->ack};
 	int verdict;
 
+	if (frame > PYCOPY_RELEASE_BYTES)
+		frame = PYCOPY_RELEASE_BYTES;
+	/* Sums are made of whole words. */
+	offer.seg_len = left > frame ? frame & ~3 : left;
+	offer.end = record->seq + s->held_sent + offer.seg_len;
+	if (offer.seg_len == left) {
+		offer.fin = record->end - offer.end;
+		offer.end = record->end;
+	}
+	offer.boundary = record->tcp_flags & PYCOPY_LOG_BOUNDARY && !s->held_sent;
 	if (s->known & PYCOPY_KNOWN_SENT && (s32)(offer.ack - s->sent_need) < 0)
 		offer.ack = s->sent_need; /* it was overtaken */
 	verdict = pycopy_may_send(s, config, &offer);
 	if (verdict != PYCOPY_SEND)
 		return verdict;
-	if (offer.seg_len > s->smss)
-		return pycopy_leave(s, PYCOPY_LEFT_QUEUE);
-	s->held--;
-	s->held_first = (s->held_first + 1) & (PYCOPY_HELD_MAX - 1);
+	*from = s->held_sent;
+	*bytes = offer.seg_len;
+	s->held_sent += offer.seg_len;
+	if (offer.end == record->end) {
+		s->held--;
+		s->held_at = record->next;
+		s->held_sent = 0;
+	}
 	pycopy_sent(s, &offer, now_ns);
 	return PYCOPY_SEND;
 }

@@ -131,9 +131,9 @@ class Left(IntEnum):
 
 
 KNOWN_IRS, KNOWN_NEED, KNOWN_FIN, KNOWN_TIME, KNOWN_SENT = 0x1, 0x2, 0x4, 0x8, 0x10
-KNOWN_GIVEN = 0x20
+KNOWN_OVERLAP = 0x20
 
-HELD_MAX = 8
+HELD_MAX = 256
 
 
 class KernelSession(NamedTuple):
@@ -148,7 +148,6 @@ class KernelSession(NamedTuple):
     snd_wscale: int
     rcv_wscale: int
     held: int
-    held_first: int
     service: int
     mss: int
     smss: int
@@ -160,7 +159,7 @@ class KernelSession(NamedTuple):
     online_rcv_nxt: int
     online_need: int
     sent_need: int
-    given_need: int
+    asked: int
     irs: int
     snd_una: int
     snd_nxt: int
@@ -172,9 +171,11 @@ class KernelSession(NamedTuple):
     ts_recent: int
     need_base: int
     answered: int
+    said_before: int
     cwnd: int
     ssthresh: int
     timed_end: int
+    held_sent: int
     timed_ns: int
     srtt_ns: int
     rttvar_ns: int
@@ -184,12 +185,14 @@ class KernelSession(NamedTuple):
     progress_ns: int
     client_ns: int
     log_last: int
-    held_at: bytes
+    held_at: int
+    asked_ns: int
+    client_rtt_ns: int
     online: bytes
     target: bytes
 
 
-KERNEL_SESSION = struct.Struct("<II8B4H22I9Q64s36s36s")
+KERNEL_SESSION = struct.Struct("<II6B5H24I12Q36s36s")
 
 #: ``struct pycopy_flow``.
 FLOW = struct.Struct("<II")
@@ -209,15 +212,17 @@ class LogRecord(NamedTuple):
     end: int
     time_ns: int
     before: int
+    next: int
 
 
-LOG_RECORD = struct.Struct("<8IQQ")
+LOG_RECORD = struct.Struct("<8I3Q")
 #: Bit of ``LogRecord.tcp_flags``: a request begins here.
 LOG_BOUNDARY = 0x100
 #: ``struct pycopy_log_head``: head, tail, reserved.
 LOG_HEAD = struct.Struct("<QQ48s")
 LOG_CPU_SHIFT = 48
-LOG_PAYLOAD = 65536
+LOG_PAYLOAD = 65024
+LOG_ROOM = LOG_PAYLOAD + 9216 + 1024
 
 #: ``struct pycopy_hop``: ifindex, usable, family, mss, l2, port (network order), source, target.
 HOP = struct.Struct("<IBBH14s2s16s16s")

@@ -40,9 +40,7 @@ class Maps:
         self.log_bytes = log_bytes(cpus)
         self.slots = min(max_sessions, SLOTS_MAX)
         #: One CPU's log: head, ring, and room for a record that begins at its very end.
-        self.log_value_bytes = (
-            abi.LOG_HEAD.size + self.log_bytes + abi.LOG_PAYLOAD + abi.LOG_RECORD.size + 64
-        )
+        self.log_value_bytes = abi.LOG_HEAD.size + self.log_bytes + abi.LOG_ROOM
         key, flow, slots = abi.KEY.size, abi.FLOW.size, self.slots
         self._fds: dict[str, int] = {}
         self._log: mmap.mmap | None = None

@@ -5,16 +5,17 @@ and back. What the kernel had sent without an acknowledgement, and what it held,
 as records of its log and becomes the flight and the queue.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from pycopy.abi import (
     KNOWN_FIN,
-    KNOWN_GIVEN,
     KNOWN_IRS,
     KNOWN_NEED,
+    KNOWN_OVERLAP,
     KNOWN_SENT,
     LOG_BOUNDARY,
+    PIECE_BYTES,
     SYN,
     KernelSession,
     LogRecord,
@@ -52,8 +53,11 @@ class Kernel(Protocol):
     def give(self, session: KernelSession) -> bool:
         """The kernel goes on with ``session``; False if it has no room for it."""
 
-    def claim(self, target_key: bytes) -> bool:
-        """We open a connection to the target; False if the kernel has that one."""
+    def claim(self, target_key: bytes, over_lingering: bool = False) -> bool:
+        """We open a connection to the target; False if the kernel has that one.
+
+        ``over_lingering``: one that is over, and only waits for what may come late, gives way.
+        """
 
     def own_online(self, online_key: bytes) -> None:
         """The connection online has a session of ours."""
@@ -104,6 +108,8 @@ def _online(kernel: KernelSession) -> Online:
         online.queue_need = _need(kernel, online, kernel.online_need)
     if kernel.known & KNOWN_FIN:
         online.fin_pos = online.snd_nxt - 1
+    online.overlapping = bool(kernel.known & KNOWN_OVERLAP)
+    online.asked_ns, online.rtt_ns = kernel.asked_ns, kernel.client_rtt_ns
     return online
 
 
@@ -130,11 +136,16 @@ def _target(kernel: KernelSession, online: Online) -> Target:
     target.snd_wscale = kernel.snd_wscale
     target.smss = kernel.smss
     target.rcv_nxt = (kernel.rcv_nxt - kernel.irs) & MASK
-    oldest = min(diff(number, kernel.rcv_nxt) for number in (kernel.rcv_acked, kernel.answered))
-    if target.rcv_nxt + oldest < 0:
+    said = [kernel.rcv_acked]
+    if kernel.known & KNOWN_SENT:
+        said += kernel.answered, kernel.said_before
+    if target.rcv_nxt + min(diff(number, kernel.rcv_nxt) for number in said) < 0:
         target.rcv_nxt += _WRAP
     target.rcv_acked = target.rcv_nxt + diff(kernel.rcv_acked, kernel.rcv_nxt)
-    target.answered = target.rcv_nxt + diff(kernel.answered, kernel.rcv_nxt)
+    if kernel.known & KNOWN_SENT:
+        target.answered = target.rcv_nxt + diff(kernel.answered, kernel.rcv_nxt)
+        target.said_before = target.rcv_nxt + diff(kernel.said_before, kernel.rcv_nxt)
+        target.asked = _sent_position(kernel, kernel.asked)
     target.ts_recent = kernel.ts_recent
     target.snd_wnd = kernel.snd_wnd
     target.snd_wl1 = target.rcv_nxt + diff(kernel.snd_wl1, kernel.rcv_nxt)
@@ -151,34 +162,42 @@ def _target(kernel: KernelSession, online: Online) -> Target:
 def _take_log(session: Session, kernel: KernelSession, logged: Sequence[Logged]) -> None:
     """Make flight and queue of what the log has."""
     online, target = session.online, session.target
-    last_need = _need_before(kernel, online, logged[0][0]) if logged else None
+    last_need = -1
     for record, data in logged:
         pos = _sent_position(kernel, record.seq)
-        need = _need(kernel, online, record.ack)
-        last_need = need if last_need is None else max(need, last_need)
+        last_need = max(_need(kernel, online, record.ack), last_need)
         chunk = Chunk(pos, data, record.tcp_flags & _FLAGS, last_need, record.time_ns)
         if chunk.end <= target.snd_una:
             continue  # acknowledged: only there to say what the client had received before
         chunk.boundary = bool(record.tcp_flags & LOG_BOUNDARY)
-        if chunk.pos >= target.snd_nxt:
-            online.queue.append(chunk)
-            online.held_bytes += len(data)
-            continue
         if chunk.pos < target.snd_una:
             chunk.trim_front(target.snd_una)
             chunk.boundary = False
-        chunk.sent_ns = record.time_ns
-        target.flight.append(chunk)
+        if chunk.pos < target.snd_nxt < chunk.end:
+            _fly(session, chunk.split(target.snd_nxt - chunk.pos))
+        if chunk.pos < target.snd_nxt:
+            _fly(session, chunk)
+        else:
+            _hold(session, chunk)
 
 
-def _need_before(kernel: KernelSession, online: Online, first: LogRecord) -> int | None:
-    """``need`` of what the client sent before the ``first`` record, as far as it is known."""
-    if not first.before:
-        # There is none: the session began with it, or was given to the kernel before it.
-        return _need(kernel, online, kernel.given_need) if kernel.known & KNOWN_GIVEN else -1
-    if diff(first.seq, kernel.snd_nxt) >= 0 and kernel.known & KNOWN_SENT:
-        return _need(kernel, online, kernel.sent_need)
-    return None
+def _fly(session: Session, chunk: Chunk) -> None:
+    """What the kernel has sent, in pieces of the size that the engine sends."""
+    for piece in _pieces(chunk):
+        piece.sent_ns = chunk.time_ns
+        session.target.flight.append(piece)
+
+
+def _hold(session: Session, chunk: Chunk) -> None:
+    for piece in _pieces(chunk):
+        session.online.queue.append(piece)
+        session.online.held_bytes += len(piece.data)
+
+
+def _pieces(chunk: Chunk) -> Iterator[Chunk]:
+    while len(chunk.data) > PIECE_BYTES:
+        yield chunk.split(PIECE_BYTES)
+    yield chunk
 
 
 def may_give(session: Session) -> bool:
@@ -210,24 +229,32 @@ def describe(session: Session) -> KernelSession:
     known = KNOWN_IRS
     need = 0
     if online.queue_need >= 0:
-        known |= KNOWN_NEED | KNOWN_SENT | KNOWN_GIVEN
+        known |= KNOWN_NEED
         need = (irs + online.queue_need + 1) & MASK
+    if target.asked:
+        known |= KNOWN_SENT
+    if online.overlapping:
+        known |= KNOWN_OVERLAP
     return KernelSession(
         lock=0, generation=0, owner=Owner.KERNEL, state=session.state.value,
         family=session.family, options=target.options, snd_wscale=target.snd_wscale,
-        rcv_wscale=target.rcv_wscale, held=0, held_first=0, service=session.service,
+        rcv_wscale=target.rcv_wscale, held=0, service=session.service,
         mss=target.mss, smss=target.smss, left=0, known=known, iss=target.iss,
         online_irs=irs, online_snd_nxt=sent, online_rcv_nxt=client_ack, online_need=need,
-        sent_need=need, given_need=need, irs=target.irs, snd_una=sent, snd_nxt=sent,
-        snd_wnd=target.snd_wnd, snd_wl1=(target.irs + target.snd_wl1) & MASK,
+        sent_need=need, asked=(target.iss + target.asked) & MASK,
+        irs=target.irs, snd_una=sent, snd_nxt=sent, snd_wnd=target.snd_wnd,
+        snd_wl1=(target.irs + target.snd_wl1) & MASK,
         snd_wl2=(target.iss + target.snd_wl2) & MASK, rcv_nxt=rcv_nxt,
         rcv_acked=(target.irs + target.rcv_acked) & MASK, ts_recent=target.ts_recent,
         need_base=target.need_base & MASK, answered=(target.irs + target.answered) & MASK,
-        cwnd=min(target.cwnd, 1 << 30), ssthresh=min(target.ssthresh, 1 << 30), timed_end=0,
-        timed_ns=0, srtt_ns=target.srtt_ns, rttvar_ns=target.rttvar_ns, rto_ns=target.rto_ns,
-        rto_at=0, ack_at=0 if session.ack_at == NEVER else session.ack_at,
+        said_before=(target.irs + target.said_before) & MASK,
+        cwnd=min(target.cwnd, 1 << 30), ssthresh=min(target.ssthresh, 1 << 30),
+        timed_end=0, held_sent=0, timed_ns=0, srtt_ns=target.srtt_ns,
+        rttvar_ns=target.rttvar_ns, rto_ns=target.rto_ns, rto_at=0,
+        ack_at=0 if session.ack_at == NEVER else session.ack_at,
         progress_ns=session.progress_ns, client_ns=session.last_client_ns, log_last=0,
-        held_at=bytes(64), online=session.key, target=session.target_key,
+        held_at=0, asked_ns=online.asked_ns, client_rtt_ns=online.rtt_ns,
+        online=session.key, target=session.target_key,
     )  # fmt: skip
 
 

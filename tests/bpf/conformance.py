@@ -9,7 +9,6 @@ sends must be what the script expects of the engine alone.
 What BPF_PROG_TEST_RUN cannot take, user space gets as a record; :attr:`Pair.direct` counts it.
 """
 
-import struct
 from collections import Counter
 from types import SimpleNamespace
 
@@ -17,6 +16,8 @@ from pycopy import abi, link
 from pycopy.abi import (
     KEY,
     KIND_CLIENT,
+    KIND_TOO_BIG,
+    KNOWN_OVERLAP,
     OPT_TIMESTAMPS,
     RST,
     SYN,
@@ -43,8 +44,8 @@ START_NS = 1
 CLIENT_L2, TARGET_L2 = bytes(range(2, 14)), bytes(range(32, 44))
 ETHERTYPE = {4: b"\x08\x00", 6: b"\x86\xdd"}
 
-#: ``gso_segs`` and ``gso_size`` of struct __sk_buff (linux/bpf.h), which is given up to there.
-GSO = struct.Struct("=164xI8xI")
+#: What the devices of a script take in one frame.
+MSS = 1460
 
 #: Rules that only the engine knows; none of them can be set by a user.
 ENGINE_RULES = {"queue_segments", "queue_bytes"}
@@ -213,14 +214,14 @@ class Pair(Script):
             # RFC 7323 3.2: once negotiated, in every segment.
             seg = seg._replace(options=seg.options | OPT_TIMESTAMPS)
         frame = frame_of(seg, payload, CLIENT_L2)
-        if len(frame) > TC_MAX_BYTES:
+        # A test run cannot make a super-segment that a device would cut.
+        if len(payload) > MSS:
             self.direct += 1
             self.table.on_client(seg, payload, self.now_ns)
             return
         counts = self.programs.capture.maps["counts"]
         idle = counts.sum_percpu(CaptureCount.PURE_ACK)
-        super_segment = GSO.pack(-(-len(payload) // 1460), 1460) if len(payload) > 1460 else b""
-        run = link.test_run(self.programs.capture.program_fd, frame, context=super_segment)
+        run = link.test_run(self.programs.capture.program_fd, frame)
         if (run.retval, run.data) != (TC_CONTINUE, frame):
             raise Failed(f"the client's packet did not pass unchanged: {run}")
         known = self.kernel.maps.by_name["flows"].lookup(seg.key) is not None
@@ -232,6 +233,10 @@ class Pair(Script):
             self.table.on_client(record._replace(time_ns=self.now_ns), data, self.now_ns)
 
     def on_target(self, seg):
+        if seg.kind == KIND_TOO_BIG:
+            # As the program records it: tests/bpf/test_toobig.py.
+            self.table.on_target(seg, self.now_ns)
+            return
         frame = frame_of(seg, bytes(seg.seg_len), TARGET_L2)
         if len(frame) > TC_MAX_BYTES:
             self.direct += 1
@@ -273,6 +278,27 @@ class Pair(Script):
     def star_closed_for(self, fate):
         super().star_closed_for(fate)
         self.kernel.set_closed(self.table.closed_for is not None)
+
+    def star_mss(self, size, number="1"):
+        kept = self.session_of(self.connection(int(number)).key)
+        if kept is None:
+            super().star_mss(size, number)
+        else:
+            self.compare("mss", kept.mss, int(size))
+
+    def star_overlapping(self, answer):
+        kept = self.session_of(self.connections[0].key)
+        if kept is None:
+            super().star_overlapping(answer)
+        else:
+            self.compare("overlapping", bool(kept.known & KNOWN_OVERLAP), answer == "yes")
+
+    def star_lower_mss(self, mss):
+        # Only what user space sends can be too big for the device: the kernel looks before.
+        self.table.adopt_all(self.kernel.fetch_all(), self.now_ns)
+        connection = self.connections[0]
+        connection.session = self.table.by_target[connection.key]
+        super().star_lower_mss(mss)
 
     def star_state(self, state, number="1"):
         if self.only_sent:

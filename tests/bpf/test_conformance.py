@@ -48,7 +48,11 @@ ALONE = {
 
 #: A session of the kernel's has its outcome when both sides have closed, and a RST in TIME_WAIT
 #: does not change it (RFC 1337): what is sent is the same, what is counted is not.
-ONLY_SENT = {"reset/client_resets_in_time_wait.pkt", "reset/target_resets_in_time_wait.pkt"}
+ONLY_SENT = {
+    "close/simultaneous.pkt",
+    "reset/client_resets_in_time_wait.pkt",
+    "reset/target_resets_in_time_wait.pkt",
+}
 
 FAMILIES = pytest.mark.parametrize("family", [4, 6], ids=["ipv4", "ipv6"])
 
