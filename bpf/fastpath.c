@@ -126,6 +126,25 @@ static __always_inline void pycopy_expire(struct pycopy_session *s, struct pycop
 	pycopy_map_push(PYCOPY_MAP(PYCOPY_MAP_SLOTS), &slot, 0);
 }
 
+/* The one that lingers longest, if it is time: true if there may be more. */
+static __always_inline int pycopy_expire_oldest(struct pycopy_work *work,
+						const struct pycopy_fast_config *config)
+{
+	struct pycopy_lingering oldest;
+	struct pycopy_session *s;
+
+	if (pycopy_map_peek(PYCOPY_MAP(PYCOPY_MAP_LINGERING), &oldest) ||
+	    pycopy_now(config) < oldest.until_ns ||
+	    pycopy_map_pop(PYCOPY_MAP(PYCOPY_MAP_LINGERING), &oldest))
+		return 0;
+	work->flow.slot = oldest.slot;
+	work->flow.generation = oldest.generation;
+	s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &work->flow.slot);
+	if (s && pycopy_is_ours(s, &work->flow) && s->state == PYCOPY_TIME_WAIT)
+		pycopy_expire(s, work);
+	return 1;
+}
+
 /* release.forgive(): from here on the target's shorter answer counts as the whole one. */
 static __always_inline int pycopy_forgive(struct pycopy_session *s, struct pycopy_work *work,
 					  const struct pycopy_fast_config *config, u64 *counts)
@@ -192,7 +211,7 @@ static __always_inline u32 pycopy_look(struct __sk_buff *ctx, u32 slot, struct p
 	if (hop && hop->usable && (s->held || (s->ack_at && s->ack_at <= now_ns)) &&
 	    pycopy_pump(ctx, s, work, hop, config, counts) == PYCOPY_GONE_OUT)
 		bpf_clone_redirect(ctx, hop->ifindex, 0);
-	if (!s->held && !s->ack_at && s->state != PYCOPY_TIME_WAIT && !pycopy_in_flight(s))
+	if (!s->held && !s->ack_at && !pycopy_in_flight(s))
 		return 0;
 	pycopy_watch(slot);
 	return PYCOPY_TIMER_PENDING;
@@ -213,6 +232,10 @@ int pycopy_timer(struct __sk_buff *ctx)
 	if (mark == PYCOPY_TIMER_BEGIN || mark == PYCOPY_TIMER_BEGIN_ALL) {
 		*at = 0;
 		mark += PYCOPY_TIMER_GO_ON - PYCOPY_TIMER_BEGIN;
+	}
+	if (pycopy_expire_oldest(work, config)) {
+		ctx->mark = mark | seen;
+		return mark | seen;
 	}
 	slot = pycopy_next_slot(at, all);
 	if (*at >= PYCOPY_SLOTS)

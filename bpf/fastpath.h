@@ -508,11 +508,18 @@ static __always_inline int pycopy_pump(PYCOPY_CTX *ctx, struct pycopy_session *s
 static __always_inline void pycopy_close(struct pycopy_session *s, struct pycopy_work *work,
 					 u64 *counts)
 {
+	struct pycopy_lingering lingering = {
+		.slot = work->flow.slot,
+		.generation = work->flow.generation,
+		.until_ns = s->rto_at,
+	};
 	u32 end = s->online_snd_nxt;
 
 	work->key = s->online;
 	pycopy_delete(PYCOPY_MAP_FLOWS, &work->key);
 	pycopy_update(PYCOPY_MAP_ENDED, &work->key, &end, 0);
+	/* No room, after many that gave way to others: the sweep over all finds it. */
+	pycopy_map_push(PYCOPY_MAP(PYCOPY_MAP_LINGERING), &lingering, 0);
 	counts[PYCOPY_FAST_CLOSED]++;
 }
 
@@ -571,7 +578,7 @@ static __always_inline int pycopy_keep_target(PYCOPY_CTX *ctx, struct pycopy_pac
 		counts[PYCOPY_FAST_ESTABLISHED]++;
 	if (is == PYCOPY_TIME_WAIT && was != PYCOPY_TIME_WAIT)
 		pycopy_close(s, work, counts);
-	if (s->held || s->ack_at || is == PYCOPY_TIME_WAIT || s->snd_nxt != s->snd_una)
+	if (s->held || s->ack_at || s->snd_nxt != s->snd_una)
 		pycopy_watch(work->flow.slot);
 	*ifindex = hop->ifindex;
 	return pycopy_pump(ctx, s, work, hop, config, counts);

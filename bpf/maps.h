@@ -18,6 +18,7 @@ static long (*const pycopy_map_update)(u64 map, const void *key, const void *val
 static long (*const pycopy_map_delete)(u64 map, const void *key) = (void *)3;
 static long (*const pycopy_map_push)(u64 map, const void *value, u64 flags) = (void *)87;
 static long (*const pycopy_map_pop)(u64 map, void *value) = (void *)88;
+static long (*const pycopy_map_peek)(u64 map, void *value) = (void *)89;
 static long (*const pycopy_ring_output)(u64 ring, void *data, u64 bytes, u64 flags) = (void *)130;
 
 #define pycopy_lookup(fd, key)		       pycopy_map_lookup(PYCOPY_MAP(fd), key)

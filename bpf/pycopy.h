@@ -238,6 +238,13 @@ struct pycopy_flow {
 
 #define PYCOPY_NO_SLOT 0xffffffff
 
+/* Entry of the queue "lingering": sessions in TIME_WAIT, in the order in which it ends. */
+struct pycopy_lingering {
+	__u32 slot;
+	__u32 generation;
+	__u64 until_ns;
+};
+
 /* A position in the log: CPU in the upper 16 bits, offset (never wrapping) below. */
 #define PYCOPY_LOG_CPU_SHIFT 48
 

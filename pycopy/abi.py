@@ -215,6 +215,8 @@ class LogRecord(NamedTuple):
     next: int
 
 
+#: ``struct pycopy_lingering``: slot, generation, until.
+LINGERING = struct.Struct("<IIQ")
 LOG_RECORD = struct.Struct("<8I3Q")
 #: Bit of ``LogRecord.tcp_flags``: a request begins here.
 LOG_BOUNDARY = 0x100

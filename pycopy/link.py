@@ -35,7 +35,7 @@ _PROG_TEST_RUN, _PROG_FD_BY_ID, _OBJ_INFO, _PROG_QUERY = 10, 13, 15, 16
 _LINK_CREATE, _ENABLE_STATS = 28, 32
 
 #: Map types (``enum bpf_map_type``) and flags.
-HASH, ARRAY, PERCPU_ARRAY, LRU_HASH, STACK, RINGBUF = 1, 2, 6, 9, 23, 27
+HASH, ARRAY, PERCPU_ARRAY, LRU_HASH, QUEUE, STACK, RINGBUF = 1, 2, 6, 9, 22, 23, 27
 NO_PREALLOC, MMAPABLE = 1 << 0, 1 << 10
 
 #: Heads of ``union bpf_attr`` by command; the kernel takes a shorter union as zero-filled.

@@ -20,7 +20,7 @@ from pycopy.session.table import Table
 
 #: How often the kernel's sessions are looked at: what an acknowledgement or a timeout may
 #: come late.
-TICK_NS = 10 * MS
+TICK_NS = 20 * MS
 #: The same while none of them has anything pending.
 REST_NS = 100 * MS
 #: How often all of them are looked at, for the long limits.

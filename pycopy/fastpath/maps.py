@@ -52,6 +52,7 @@ class Maps:
             make("targets", link.HASH, key, flow, slots + 2 * max_sessions, link.NO_PREALLOC)
             make("ended", link.LRU_HASH, key, 4, ENDED_MAX)
             make("slots", link.STACK, 0, 4, slots)
+            make("lingering", link.QUEUE, 0, abi.LINGERING.size, 2 * slots)
             make("pending", link.ARRAY, 4, 8, -(-slots // 64))
             make("log", link.ARRAY, 4, self.log_value_bytes, cpus, link.MMAPABLE)
             make("hops", link.ARRAY, 4, abi.HOP.size, services)

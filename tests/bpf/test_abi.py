@@ -109,7 +109,7 @@ def test_constants(tmp_path):
 HOP = ("ifindex", "usable", "family", "mss", "l2", "target_port", "source", "target")
 FAST_CONFIG = (
     "now_ns", "quiet_ns", "quiet_max_ns", "delayed_ack_ns", "rto_initial_ns", "rto_min_ns",
-    "rto_max_ns", "time_wait_ns", "keepalive_ns", "idle_ns", "timestamp_origin", "closed",
+    "rto_max_ns", "time_wait_ns", "response_idle_ns", "idle_ns", "timestamp_origin", "closed",
     "wait_for_response", "ports",
 )  # fmt: skip
 
