@@ -282,7 +282,7 @@ struct pycopy_log_head {
 #define PYCOPY_LOG_ROOM (PYCOPY_LOG_PAYLOAD + PYCOPY_RELEASE_BYTES + 1024)
 
 /* Longest payload that the log takes. */
-#define PYCOPY_LOG_PAYLOAD 65024
+#define PYCOPY_LOG_PAYLOAD 65536
 
 /* The way to a service's target: map "hops", by service. */
 struct pycopy_hop {

@@ -223,7 +223,7 @@ LOG_BOUNDARY = 0x100
 #: ``struct pycopy_log_head``: head, tail, reserved.
 LOG_HEAD = struct.Struct("<QQ48s")
 LOG_CPU_SHIFT = 48
-LOG_PAYLOAD = 65024
+LOG_PAYLOAD = 65536
 LOG_ROOM = LOG_PAYLOAD + 9216 + 1024
 
 #: ``struct pycopy_hop``: ifindex, usable, family, mss, l2, port (network order), source, target.

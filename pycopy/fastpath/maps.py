@@ -11,7 +11,7 @@ from pycopy import abi, link
 from pycopy.loader import Map
 
 #: What all logs of sent segments take together, and one at least.
-LOG_TOTAL_BYTES = 16 << 20
+LOG_TOTAL_BYTES = 64 << 20
 LOG_MIN_BYTES = 1 << 20
 
 #: Sessions that the kernel keeps at a time, those in TIME_WAIT among them.

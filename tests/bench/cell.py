@@ -75,6 +75,7 @@ class Cell:
     intercept_peak_kb: int = 0
     kernel_segments: int | None = None
     user_segments: int | None = None
+    left: dict[str, int] = field(default_factory=dict)  #: why sessions left the kernel
     fates: dict[str, int] = field(default_factory=dict)  #: of the ledger: dropped, refused, lost
     injected: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -194,14 +195,14 @@ def _account(cell: Cell, running: Running, online: Service, target: Service) -> 
         for name, count in ledger.get("ledger", {}).get("segments", {}).items():
             if count and name.startswith(("dropped_", "refused_", "lost_")):
                 cell.fates[name] = cell.fates.get(name, 0) + count
-    for ledger in running.ledgers:
-        for name, count in ledger.get("ledger", {}).get("segments", {}).items():
-            if count and name.startswith(("dropped_", "refused_", "lost_")):
-                cell.fates[name] = cell.fates.get(name, 0) + count
     counts = [section for section in sections if section and "kernel_segments" in section]
     if counts:
         cell.kernel_segments = sum(section["kernel_segments"] for section in counts)
         cell.user_segments = sum(section["user_segments"] for section in counts)
+    for section in counts:
+        for name, count in section.items():
+            if name.startswith("left_"):
+                cell.left[name] = cell.left.get(name, 0) + count
 
 
 @contextlib.contextmanager
