@@ -130,6 +130,8 @@ def replay_config(argv: Sequence[str], resolver: config.Resolver = config.resolv
     wanted.ramp = given.ramp
     wanted.forwarded = given.forwarded
     wanted.fastpath = not given.no_fastpath
+    if given.backlog is not None:
+        wanted.backlog_bytes = config.parse_bytes(given.backlog, "--backlog")
     wanted.lonely = given.lonely
     wanted.allow_public_target = given.allow_public_target
     _process(given, wanted, "replay")

@@ -69,6 +69,7 @@ class ReplayConfig(ProcessConfig):
     client_pool: list[Network] = field(default_factory=list)
     hook: str = "tc"  #: "tc" or "xdp"
     fastpath: bool = True  #: the kernel keeps the healthy sessions
+    backlog_bytes: int = 64 << 20  #: of what it has sent and holds, in all
     forwarded: bool = False  #: a service without an address is anybody's, not only this host's
     wait_for_response: bool = True
     only_full_sessions: bool = False

@@ -248,6 +248,11 @@ def replay_parser() -> Parser:
         action="store_true",
         help="every segment through user space, healthy sessions too",
     )
+    what.add_argument(
+        "--backlog",
+        metavar="SIZE",
+        help="kernel memory for what the fast path has sent and may have to repeat (64M)",
+    )
 
     how = parser.add_argument_group("where responses are taken")
     how.add_argument(

@@ -81,7 +81,9 @@ class FastPath:
     """One run's. Make it, load the programs with ``kernel``, then :meth:`start`."""
 
     def __init__(self, config: ReplayConfig) -> None:
-        self.kernel = KernelSessions(len(config.services), config.max_sessions)
+        self.kernel = KernelSessions(
+            len(config.services), config.max_sessions, config.backlog_bytes
+        )
         self._config = config
         #: Sampling is user space's: the kernel opens nothing then.
         self._samples = config.sample_percent < 100 or config.ramp

@@ -42,8 +42,8 @@ _ZERO = bytes(4)
 class KernelSessions:
     """Make it before the capture is loaded; the programs are loaded with :meth:`defines`."""
 
-    def __init__(self, services: int, max_sessions: int) -> None:
-        self.maps = Maps(services, max_sessions)
+    def __init__(self, services: int, max_sessions: int, total_log_bytes: int = 0) -> None:
+        self.maps = Maps(services, max_sessions, total_log_bytes)
         self._by_name = self.maps.by_name
         self._module: loader.Module | None = None
         self._attention: Ring | None = None

@@ -10,7 +10,7 @@ import os
 from pycopy import abi, link
 from pycopy.loader import Map
 
-#: What all logs of sent segments take together, and one at least.
+#: What all logs of sent segments take together unless said otherwise, and one at least.
 LOG_TOTAL_BYTES = 64 << 20
 LOG_MIN_BYTES = 1 << 20
 
@@ -25,19 +25,19 @@ PORTS_MAX = 1 << 16
 ATTENTION_BYTES = 1 << 16
 
 
-def log_bytes(cpus: int) -> int:
-    """Bytes of one CPU's log, a power of two."""
-    share = max(LOG_TOTAL_BYTES // cpus, LOG_MIN_BYTES)
+def log_bytes(cpus: int, total_bytes: int = 0) -> int:
+    """Bytes of one CPU's log, a power of two, where all may take ``total_bytes`` (0: the default)."""
+    share = max((total_bytes or LOG_TOTAL_BYTES) // cpus, LOG_MIN_BYTES)
     return 1 << (share.bit_length() - 1)
 
 
 class Maps:
     """All of them, by the names in bpf/maps.h in small letters; ``close`` gives them up."""
 
-    def __init__(self, services: int, max_sessions: int) -> None:
+    def __init__(self, services: int, max_sessions: int, total_log_bytes: int = 0) -> None:
         cpus = link.possible_cpus()
         self.cpus = cpus
-        self.log_bytes = log_bytes(cpus)
+        self.log_bytes = log_bytes(cpus, total_log_bytes)
         self.slots = min(max_sessions, SLOTS_MAX)
         #: One CPU's log: head, ring, and room for a record that begins at its very end.
         self.log_value_bytes = abi.LOG_HEAD.size + self.log_bytes + abi.LOG_ROOM
