@@ -26,7 +26,7 @@ ATTENTION_BYTES = 1 << 16
 
 
 def log_bytes(cpus: int, total_bytes: int = 0) -> int:
-    """Bytes of one CPU's log, a power of two, where all may take ``total_bytes`` (0: the default)."""
+    """Bytes of one CPU's log, a power of two; ``total_bytes`` for all (0: the default)."""
     share = max((total_bytes or LOG_TOTAL_BYTES) // cpus, LOG_MIN_BYTES)
     return 1 << (share.bit_length() - 1)
 

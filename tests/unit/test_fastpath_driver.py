@@ -22,8 +22,8 @@ NOT_IN_THE_LEDGER = {FastCount.TAKEN, FastCount.GIVEN, FastCount.LEFT}
 class Kernel:
     """Counters that a test sets, and what it was told."""
 
-    def __init__(self, services, max_sessions):
-        self.size = services, max_sessions
+    def __init__(self, services, max_sessions, backlog_bytes):
+        self.size = services, max_sessions, backlog_bytes
         self.now = [0] * FAST_COUNTS
         self.pending, self.told = False, []
 
@@ -159,7 +159,7 @@ def test_what_is_unread_is_not_overtaken(make):
 
 
 def test_the_kernels_maps_are_as_large_as_the_run(make):
-    assert make().kernel.size == (1, 99)
+    assert make("--backlog", "16M").kernel.size == (1, 99, 16 << 20)
 
 
 def test_time_passes_faster_while_something_is_pending(make):
