@@ -185,11 +185,12 @@ def take_back(target: Target, read: int) -> list[Chunk]:
     A server may close a connection that has served before, just as the next request is on
     its way; that request was neither read nor acknowledged, and clients repeat it (RFC
     9112 9.3.1). The first request of a connection is not repeated: a server that resets
-    that means it. Where acknowledgement, answer and FIN were all lost on their way to us,
-    and the target has forgotten the connection before they are repeated, nothing tells
-    that it was read; such a request is sent twice (``Count.REPEATED`` bounds how many).
+    that means it. A greeting before it is service, a FIN alone is not. Where
+    acknowledgement, answer and FIN were all lost on their way to us, and the target has
+    forgotten the connection before they are repeated, nothing tells that it was read; such
+    a request is sent twice (``Count.REPEATED`` bounds how many).
     """
-    if target.answered > 1:
+    if target.answered > 1 and target.fin_pos != 1:
         for index, chunk in enumerate(target.flight):
             if chunk.boundary and chunk.data and chunk.pos >= read:
                 again = target.flight[index:]
