@@ -174,7 +174,9 @@ def _take_log(session: Session, kernel: KernelSession, logged: Sequence[Logged])
             chunk.trim_front(target.snd_una)
             chunk.boundary = False
         if chunk.pos < target.snd_nxt < chunk.end:
-            _fly(session, chunk.split(target.snd_nxt - chunk.pos))
+            part = chunk.split(target.snd_nxt - chunk.pos)
+            part.resent = True  # when that was is not known: no measure of a round trip
+            _fly(session, part)
         if chunk.pos < target.snd_nxt:
             _fly(session, chunk)
         else:
@@ -184,7 +186,7 @@ def _take_log(session: Session, kernel: KernelSession, logged: Sequence[Logged])
 def _fly(session: Session, chunk: Chunk) -> None:
     """What the kernel has sent, in pieces of the size that the engine sends."""
     for piece in _pieces(chunk):
-        piece.sent_ns = chunk.time_ns
+        piece.sent_ns, piece.resent = chunk.time_ns, chunk.resent
         session.target.flight.append(piece)
 
 
@@ -228,11 +230,14 @@ def describe(session: Session) -> KernelSession:
     client_ack = (irs + online.rcv_nxt) & MASK
     known = KNOWN_IRS
     need = 0
+    answered = said_before = 0
     if online.queue_need >= 0:
         known |= KNOWN_NEED
         need = (irs + online.queue_need + 1) & MASK
     if target.asked:
         known |= KNOWN_SENT
+        answered = (target.irs + target.answered) & MASK
+        said_before = (target.irs + target.said_before) & MASK
     if online.overlapping:
         known |= KNOWN_OVERLAP
     return KernelSession(
@@ -246,8 +251,7 @@ def describe(session: Session) -> KernelSession:
         snd_wl1=(target.irs + target.snd_wl1) & MASK,
         snd_wl2=(target.iss + target.snd_wl2) & MASK, rcv_nxt=rcv_nxt,
         rcv_acked=(target.irs + target.rcv_acked) & MASK, ts_recent=target.ts_recent,
-        need_base=target.need_base & MASK, answered=(target.irs + target.answered) & MASK,
-        said_before=(target.irs + target.said_before) & MASK,
+        need_base=target.need_base & MASK, answered=answered, said_before=said_before,
         cwnd=min(target.cwnd, 1 << 30), ssthresh=min(target.ssthresh, 1 << 30),
         timed_end=0, held_sent=0, timed_ns=0, srtt_ns=target.srtt_ns,
         rttvar_ns=target.rttvar_ns, rto_ns=target.rto_ns, rto_at=0,

@@ -15,8 +15,10 @@ from pycopy.abi import (
     KNOWN_FIN,
     KNOWN_IRS,
     KNOWN_NEED,
+    KNOWN_OVERLAP,
     KNOWN_SENT,
     LOG_BOUNDARY,
+    PIECE_BYTES,
     PSH,
     RST,
     SYN,
@@ -35,7 +37,7 @@ from pycopy.session.views import NEVER, NO_POSITION, Chunk, Online, Target
 
 ONLINE_KEY, TARGET_KEY = bytes(range(36)), bytes(range(100, 136))
 ZERO = Segment(0, *[0] * 15, b"", bytes(32))
-NOTHING = KernelSession(*[0] * 45, bytes(64), ONLINE_KEY, TARGET_KEY)
+NOTHING = KernelSession(*[0] * 49, ONLINE_KEY, TARGET_KEY)
 
 
 class Host:
@@ -71,7 +73,42 @@ def kernel_session(**fields):
 def record(seq, data, ack, flags=PSH | ACK, *, boundary=False, time_ns=SECOND):
     end = seq + len(data) + (flags & FIN) & MASK
     bits = flags | (LOG_BOUNDARY if boundary else 0)
-    return LogRecord(0, 0, 0, seq, ack, len(data), bits, end, time_ns, 0), data
+    return LogRecord(0, 0, 0, seq, ack, len(data), bits, end, time_ns, 0, 0), data
+
+
+def test_a_held_segment_of_which_a_part_has_left():
+    """One super-segment: a frame of it acknowledged, one sent, the rest held, in pieces."""
+    size = PIECE_BYTES + 3000
+    kernel = kernel_session(
+        iss=0, snd_una=1401, snd_nxt=2801, online_snd_nxt=1 + size, rto_at=9 * SECOND,
+        known=KNOWN_IRS | KNOWN_NEED | KNOWN_SENT, held=1, held_sent=2800,
+    )  # fmt: skip
+    data = bytes(number % 251 for number in range(size))
+    session = adopt(
+        Host(), kernel, [record(1, data, kernel.online_rcv_nxt, boundary=True)], 6 * SECOND
+    )
+    (sent,), queue = session.target.flight, session.online.queue
+    assert (sent.pos, sent.data, sent.resent, sent.boundary) == (
+        1401, data[1400:2800], True, False
+    )  # fmt: skip
+    assert [chunk.pos for chunk in queue] == [2801, 2801 + PIECE_BYTES]
+    assert b"".join(chunk.data for chunk in queue) == data[2800:]
+    assert [chunk.records for chunk in queue] == [0, 1]
+    assert session.online.held_bytes == size - 2800
+
+
+def test_what_is_known_of_the_client_comes_along():
+    kernel = kernel_session(
+        known=KNOWN_IRS | KNOWN_NEED | KNOWN_SENT | KNOWN_OVERLAP, asked=80, asked_ns=3 * SECOND,
+        client_rtt_ns=20 * MS, answered=498, said_before=497,
+    )  # fmt: skip
+    session = adopt(Host(), kernel, [], 6 * SECOND)
+    online, target = session.online, session.target
+    assert (online.overlapping, online.asked_ns, online.rtt_ns) == (True, 3 * SECOND, 20 * MS)
+    assert (target.asked, target.answered, target.said_before) == (96, 500, 499)
+    again = describe(session)
+    assert again.known & KNOWN_OVERLAP
+    assert (again.asked, again.answered, again.said_before) == (80, 498, 497)
 
 
 def test_an_idle_session():
@@ -116,7 +153,7 @@ def test_what_was_sent_and_what_was_held():
     first, second = target.flight
     assert (first.pos, first.data, first.boundary) == (106, b"56789", False)
     assert (second.pos, second.data, second.boundary, second.need) == (111, b"abcdefghij", True, 20)
-    assert first.resent and second.resent and second.sent_ns == SECOND
+    assert second.sent_ns == SECOND and not second.resent
     held, end = online.queue
     assert (held.pos, held.data, held.need, held.boundary) == (121, b"held", 50, True)
     assert (end.flags, end.end, end.need, end.boundary) == (FIN | ACK, 129, 50, False)
@@ -324,8 +361,12 @@ def shift(story, sent, said_online, said_target):
     if online.queue_need >= 0:
         online.queue_need += said_online
     target.need_base += said_online - said_target
-    for name in ("rcv_nxt", "rcv_acked", "answered", "snd_wl1"):
+    for name in ("rcv_nxt", "rcv_acked", "snd_wl1"):
         setattr(target, name, getattr(target, name) + said_target)
+    if target.asked:
+        target.asked += sent
+        target.answered += said_target
+        target.said_before += said_target
     story.seq, story.online = story.seq + sent, story.online + said_online
     story.target += said_target
 

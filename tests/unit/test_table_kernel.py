@@ -49,7 +49,7 @@ class Kernel:
             self.sessions[session.target] = session
         return self.room
 
-    def claim(self, target_key):
+    def claim(self, target_key, over_lingering=False):
         if target_key in self.taken_ports or target_key in self.claimed:
             return False
         self.claimed.add(target_key)
@@ -191,7 +191,7 @@ def test_a_response_fetches_its_session():
 def in_flight(given):
     """The same session with a request on its way, and its record."""
     kernel = given._replace(snd_nxt=8, online_snd_nxt=8, rto_at=300 * MS, known=KNOWN_IRS)
-    return kernel, [(LogRecord(0, 0, 0, 1, 1, 7, PSH | ACK, 8, 0, 0), b"request")]
+    return kernel, [(LogRecord(0, 0, 0, 1, 1, 7, PSH | ACK, 8, 0, 0, 0), b"request")]
 
 
 def test_what_the_timer_hands_over_goes_on_at_once():
