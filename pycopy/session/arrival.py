@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pycopy.abi import ACK, FIN, OPT_TIMESTAMPS, OPT_WSCALE, RST, SYN, Segment
 from pycopy.ledger import Count, ResponseFate
 from pycopy.seq import MASK, diff
-from pycopy.session import receiving, recovery, release
+from pycopy.session import losing, receiving, recovery, release
 from pycopy.session.rules import MS
 from pycopy.session.states import FIN_IN_FLIGHT, MAY_RECEIVE, SAID_ALL, Event, Outcome, State
 from pycopy.session.views import NEVER, Target, unwrap
@@ -48,7 +48,7 @@ def in_syn_sent(session: "Session", seg: Segment, now_ns: int) -> ResponseFate:
     if flags & RST:
         if not acceptable:
             return ResponseFate.UNACCEPTABLE
-        session.lose(Outcome.TARGET_REFUSED, now_ns)
+        losing.lose(session, Outcome.TARGET_REFUSED, now_ns)
         return ResponseFate.STEERED
     if not acceptable or not flags & SYN:
         # The target has an old connection here, which may even be in TIME_WAIT with the number
@@ -123,7 +123,7 @@ def _on_reset(session: "Session", seg: Segment, pos: int, now_ns: int) -> Respon
         read = 0
         if seg.tcp_flags & ACK and pos > target.rcv_nxt + 1:
             read = unwrap(target.snd_una, target.iss, seg.ack)
-        session.lose(Outcome.TARGET_RESET, now_ns, read)
+        losing.lose(session, Outcome.TARGET_RESET, now_ns, read)
     return ResponseFate.STEERED
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pycopy.abi import FIN, PSH, RST, SYN
 from pycopy.ledger import Count, Fate
-from pycopy.session import recovery, release
+from pycopy.session import losing, recovery, release
 from pycopy.session.states import MAY_SEND, Event, Outcome, State
 from pycopy.session.views import NEVER, NO_POSITION, Chunk, Target
 
@@ -88,7 +88,7 @@ def _needs_new_connection(target: Target, chunk: Chunk) -> bool:
 
 def _move_on(session: "Session", now_ns: int) -> None:
     """Close our half, too: the client's stream goes on over another connection."""
-    online = session.hand_over()
+    online = losing.hand_over(session)
     fin = Chunk(session.target.snd_nxt, b"", FIN, 0, now_ns)
     transmit(session, fin, now_ns)
     session.move(Event.FIN_SENT)
@@ -177,29 +177,6 @@ def repeat(session: "Session", chunk: Chunk, now_ns: int) -> None:
     session.host.ledger.counts[Count.RETRANSMITTED] += 1
 
 
-def take_back(target: Target, read: int) -> list[Chunk]:
-    """Return what a new connection should carry after the target reset this one.
-
-    ``read``: the target is known to have read what is before that position.
-
-    A server may close a connection that has served before, just as the next request is on
-    its way; that request was neither read nor acknowledged, and clients repeat it (RFC
-    9112 9.3.1). The first request of a connection is not repeated: a server that resets
-    that means it. Where acknowledgement, answer and FIN were all lost on their way to us,
-    and the target has forgotten the connection before they are repeated, nothing tells
-    that it was read; such a request is sent twice (``Count.REPEATED`` bounds how many).
-    """
-    if target.answered > 1:
-        for index, chunk in enumerate(target.flight):
-            if chunk.boundary and chunk.data and chunk.pos >= read:
-                again = target.flight[index:]
-                for each in again:
-                    each.records = 0
-                    each.resent = False
-                return again
-    return []
-
-
 def on_timeout(session: "Session", now_ns: int) -> None:
     """RFC 6298 5, or the persist timer when nothing is in flight."""
     target, rules, counts = session.target, session.host.rules, session.host.ledger.counts
@@ -213,7 +190,7 @@ def on_timeout(session: "Session", now_ns: int) -> None:
         return
     limit = rules.syn_retries if session.state is State.SYN_SENT else rules.retries
     if session.attempts > limit:
-        session.lose(Outcome.TARGET_SILENT, now_ns)
+        losing.lose(session, Outcome.TARGET_SILENT, now_ns)
         return
     counts[Count.TIMEOUTS] += 1
     recovery.on_timeout(target, rules)

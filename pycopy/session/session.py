@@ -3,22 +3,22 @@
 In: ``on_client_segment``, ``on_target_segment``, ``on_timer`` (all with the time as an
 argument). Out: :class:`Emission` tuples on the host's outbox, and ``deadline_ns``, when to
 call ``on_timer``. What the target sends is handled in arrival.py, what we send in
-departure.py; each rule stands in the module named after it, this file only puts them in
-order. A session that loses its connection early does not open another: the host does
-(``reopen``), since a connection is what a session is.
+departure.py, the loss of the connection in losing.py; each rule stands in the module named
+after it, this file only puts them in order. A session that loses its connection early does
+not open another: the host does (``reopen``), since a connection is what a session is.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from pycopy.abi import ACK, FIN, RST, SYN, Segment
-from pycopy.ledger import Count, Fate, Ledger, ResponseFate
+from pycopy.ledger import Fate, Ledger, ResponseFate
 from pycopy.seq import MASK
-from pycopy.session import arrival, departure, pathmtu, release, stream
+from pycopy.session import arrival, departure, losing, pathmtu, release, stream
 from pycopy.session.rules import MS, Rules
 from pycopy.session.states import TRANSITIONS, Event, Outcome, State
 from pycopy.session.stream import Offer
-from pycopy.session.views import NEVER, NO_POSITION, Chunk, Online, Target, unwrap
+from pycopy.session.views import NEVER, Chunk, Online, Target, unwrap
 
 
 class Emission(NamedTuple):
@@ -262,57 +262,6 @@ class Session:
         self.gap_at = NEVER
         self._turn(now_ns)
 
-    # -- losing the connection ------------------------------------------------------------
-
-    def lose(self, why: Outcome, now_ns: int, read: int = 0) -> None:
-        """The target reset, refused or does not answer; it has read what is before ``read``."""
-        if self.state is not State.SYN_SENT and why is Outcome.TARGET_SILENT:
-            self.emit(RST, self.target.snd_nxt, b"", now_ns)
-        self.move(Event.RESET)
-        self.lost_to = why
-        self.rto_at = self.ack_at = self.quiet_at = NEVER
-        online, target = self.online, self.target
-        if why is Outcome.TARGET_RESET:
-            again = departure.take_back(target, read)
-            self.host.ledger.counts[Count.REPEATED] += len(again)
-            online.held_bytes += sum(len(chunk.data) for chunk in again)
-            online.queue[:0] = again
-            target.flight = []
-        else:
-            # Nothing queued now would fare better; try again when the client speaks again.
-            target.flight = []
-            self._drop_lost(len(online.queue), now_ns)
-
-    def _drop_lost(self, number: int, now_ns: int) -> None:
-        """Drop from the queue; with the client's FIN or RST the session is over."""
-        queue, fate = self.online.queue, _LOSS_FATES[self.lost_to]
-        over = any(chunk.flags & (FIN | RST) for chunk in queue[:number])
-        self.drop_queue(number, fate)
-        if over or (self.online.fin_pos != NO_POSITION and not queue):
-            self.end(self.lost_to, fate, now_ns)
-
-    def _dormant(self, now_ns: int) -> None:
-        """CLOSED while the client goes on: wait for a request to begin, then open anew."""
-        number = 0
-        for chunk in self.online.queue:
-            if chunk.boundary and chunk.data:
-                break
-            number += 1
-        self._drop_lost(number, now_ns)
-        if self.outcome is None and self.online.queue:
-            online = self.hand_over()
-            self.end(self.lost_to, _LOSS_FATES[self.lost_to], now_ns)
-            self.host.reopen(self, online, now_ns)
-
-    def hand_over(self) -> Online:
-        """Return the client's stream for another session; none of it is ours any more."""
-        online = self.online
-        self.host.detach(self)
-        self.online = Online(online.iss)
-        self.online.fin_pos = online.snd_nxt
-        self.gap_at = NEVER
-        return online
-
     # -- the end --------------------------------------------------------------------------
 
     def end(self, outcome: Outcome, fate: Fate, now_ns: int) -> None:
@@ -359,7 +308,7 @@ class Session:
         """Send whatever may be sent now, then set the clock."""
         if self.outcome is None:
             if self.state is State.CLOSED:
-                self._dormant(now_ns)
+                losing.go_on(self, now_ns)
             else:
                 departure.send(self, now_ns)
         if self.outcome is None:
@@ -396,10 +345,3 @@ def drop(chunks: Sequence[Chunk], fate: Fate, ledger: Ledger) -> None:
     for chunk in chunks:
         ledger.fates[Fate.HELD] -= chunk.records
         ledger.fates[fate if chunk.data else Fate.STEERED] += chunk.records
-
-
-_LOSS_FATES = {
-    Outcome.TARGET_RESET: Fate.DROPPED_TARGET_RESET,
-    Outcome.TARGET_REFUSED: Fate.DROPPED_TARGET_REFUSED,
-    Outcome.TARGET_SILENT: Fate.DROPPED_TARGET_SILENT,
-}

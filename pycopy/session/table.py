@@ -1,39 +1,24 @@
-"""All sessions of a run: lookup, opening and closing, timers.
+"""All sessions of a run: lookup, timers, the way into the kernel and back.
 
 Still sans-IO: the driver feeds it segments and the time and takes :attr:`Table.outbox`
 away. A session is found by two keys of 36 bytes (abi.KEY): its connection online and the
-one to the target. Who may be copied at all is admission.py's business.
+one to the target. How one begins, and whether it may, is opening.py's business.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 
-from pycopy.abi import (
-    ACK,
-    FIN,
-    KEY,
-    KIND_TOO_BIG,
-    OPT_MSS,
-    OPT_SACK_PERM,
-    OPT_TIMESTAMPS,
-    OPT_WSCALE,
-    RST,
-    SYN,
-    KernelSession,
-    Segment,
-)
-from pycopy.inet import family_of
+from pycopy.abi import FIN, KIND_TOO_BIG, RST, SYN, KernelSession, Segment
 from pycopy.ledger import Count, Fate, Ledger, ResponseFate
 from pycopy.seq import MASK
-from pycopy.session.addresses import Addresses, IsFree
-from pycopy.session.admission import Admission
-from pycopy.session.arrival import MAX_WSCALE, MIN_MSS
+from pycopy.session.addresses import Addresses
 from pycopy.session.handover import Kernel, Logged, adopt, describe, may_give
+from pycopy.session.opening import Opening
 from pycopy.session.rules import MS, SECOND, Rules
-from pycopy.session.session import Emission, Session, drop
+from pycopy.session.session import Emission, Session
 from pycopy.session.states import Outcome, State
-from pycopy.session.views import NEVER, NO_POSITION, Online, Target
+from pycopy.session.views import NEVER, Online
 
 #: How often the long limits of all sessions are looked at, and how many in one turn: a
 #: hundred thousand at once would hold up the traffic.
@@ -43,19 +28,6 @@ SWEEP_SESSIONS = 1000
 
 #: Stale entries that the timer queue may hold before it is cleaned.
 STALE_TIMERS = 4096
-
-#: Response bytes that a client joined mid-stream is taken to have received before.
-JOINED_AT = 1 << 24
-
-#: The MSS of a client that named none: the path decides.
-NO_LIMIT = 0xFFFF
-
-_ALL_OPTIONS = OPT_MSS | OPT_WSCALE | OPT_SACK_PERM | OPT_TIMESTAMPS
-
-#: Outcomes that leave the client in the middle of something: not to be joined there.
-_MID_REQUEST = frozenset(
-    {Outcome.GAP, Outcome.QUEUE_FULL, Outcome.TARGET_SILENT, Outcome.INTERCEPT_ENDED}
-)
 
 
 class Table:
@@ -75,12 +47,7 @@ class Table:
         self.on_release: Callable[[bytes], None] = lambda key: None
         #: Why no session may be opened now; None: they may.
         self.closed_for: Fate | None = None
-        self._addresses = addresses
-        self._services = services
-        self._path_mss = path_mss
-        #: One object for each MSS in use: a hundred thousand idle sessions have few.
-        self._sizes: dict[int, int] = {}
-        self._admission = Admission(rules, start_ns)
+        self._opening = Opening(self, addresses, services, path_mss, start_ns)
         #: Who keeps the healthy sessions; None: all are here.
         self.kernel: Kernel | None = None
         #: Sessions that have become quiet: the kernel may have them.
@@ -107,12 +74,12 @@ class Table:
             session = self._adopt(self.kernel.fetch_online(seg.key), now_ns)
         if seg.tcp_flags & SYN:
             counts[Count.SYN] += 1
-            self._on_syn(session, seg, payload, now_ns)
+            self._opening.on_syn(session, seg, payload, now_ns)
         elif session is not None:
             session.on_client_segment(seg, payload, now_ns)
             self._look_whether_calm(session)
         else:
-            self._on_unknown(seg, payload, now_ns)
+            self._opening.on_unknown(seg, payload, now_ns)
 
     def on_target(self, seg: Segment, now_ns: int) -> None:
         """Take in one response, from the ring or from an intercept."""
@@ -178,134 +145,6 @@ class Table:
                 del self.by_online[key], self.by_target[target_key]
                 session.scheduled_ns = NEVER
 
-    # -- opening --------------------------------------------------------------------------
-
-    def _on_syn(self, session: Session | None, seg: Segment, payload: bytes, now_ns: int) -> None:
-        fates = self.ledger.fates
-        if seg.tcp_flags & ACK:
-            fates[Fate.STRAY] += 1
-            return
-        if session is not None:
-            if session.online.iss == seg.seq:
-                fates[Fate.DUPLICATE] += 1
-                return
-            self._supersede(session, now_ns)
-        refusal = self._admission.refuse_new(seg.key, now_ns) or self._limit()
-        if refusal is not None:
-            fates[refusal] += 1
-            self._disown(seg.key)
-            return
-        mss = max(seg.mss or NO_LIMIT, MIN_MSS)
-        online = Online(seg.seq)
-        online.asked_ns = seg.time_ns
-        session = self._connect(
-            seg.key, seg.service, online, 1, mss,
-            min(seg.wscale, MAX_WSCALE), seg.options, now_ns, self._is_free,
-        )  # fmt: skip
-        if session is None:
-            fates[Fate.REFUSED_NO_ADDRESS] += 1
-            self._disown(seg.key)
-            return
-        session.open(now_ns)
-        if payload:
-            # RFC 9293 3.4: data on a SYN follows it in the stream; we send it after the handshake.
-            data = seg._replace(seq=(seg.seq + 1) & MASK, tcp_flags=seg.tcp_flags & ~SYN)
-            session.on_client_segment(data, payload, now_ns)
-        else:
-            fates[Fate.SENT] += 1
-
-    def _on_unknown(self, seg: Segment, payload: bytes, now_ns: int) -> None:
-        """A segment of a connection that has no session: join it, or say why not."""
-        fates = self.ledger.fates
-        refusal = self._admission.refuse_midstream(seg, now_ns)
-        if refusal is not None:
-            fates[refusal] += 1
-            self._disown(seg.key)
-            return
-        online = Online((seg.seq - 1) & MASK)
-        # Counting begins here, with room below for what is captured late.
-        online.irs, online.rcv_nxt = (seg.ack - 1 - JOINED_AT) & MASK, 1 + JOINED_AT
-        session = None
-        refusal = self._limit()
-        if refusal is None:
-            session = self._connect(
-                seg.key, seg.service, online, 1, NO_LIMIT,
-                self.rules.join_wscale, _ALL_OPTIONS, now_ns, self._is_free,
-            )  # fmt: skip
-        if session is None:
-            self._admission.watch(seg.key, seg.ack)
-            fates[refusal or Fate.REFUSED_NO_ADDRESS] += 1
-            self._disown(seg.key)
-            return
-        session.target.need_base = JOINED_AT
-        self.ledger.counts[Count.MID_STREAM] += 1
-        session.open(now_ns)
-        session.on_client_segment(seg, payload, now_ns)
-
-    def _limit(self) -> Fate | None:
-        """Why no session may be opened now, whoever the client is."""
-        if self.closed_for is not None:
-            return self.closed_for
-        sessions = len(self.by_target)
-        if self.kernel is not None:
-            sessions += self.kernel.now_active()
-        return Fate.REFUSED_SESSION_LIMIT if sessions >= self.rules.max_sessions else None
-
-    def _connect(
-        self, key: bytes, service: int, online: Online, start: int, mss: int,
-        wscale: int, options: int, now_ns: int, is_free: IsFree,
-    ) -> Session | None:  # fmt: skip
-        """Make a session whose first byte is position ``start``; None: no address is free."""
-        target_addr, target_port = self._services[service]
-        client_addr, _, client_port, _ = KEY.unpack(key)
-        target_key = self._addresses.allocate(
-            client_addr, client_port, target_addr, target_port, is_free
-        )
-        if target_key is None:
-            return None
-        mss = min(mss, self._path_mss(target_addr))
-        mss = self._sizes.setdefault(mss, mss)
-        target = Target(online.iss, start, mss, self.rules.rto_initial_ns)
-        target.options = options
-        target.rcv_wscale = wscale
-        family = family_of(target_addr)
-        session = Session(self, key, target_key, family, service, online, target, now_ns)
-        # The client may have begun another connection while this one is being reopened.
-        self.by_online.setdefault(key, session)
-        self.by_target[target_key] = session
-        if self.kernel is not None:
-            self.kernel.own_online(key)
-        self._admission.over(key)
-        self.ledger.counts[Count.SESSIONS] += 1
-        self.on_claim(target_key)
-        return session
-
-    def _is_free(self, target_key: bytes) -> bool:
-        """True if no session uses ``target_key``; one that only lingers gives way."""
-        session = self.by_target.get(target_key)
-        if session is not None:
-            if session.outcome is None and session.state is not State.TIME_WAIT:
-                return False
-            session.expire()
-        return self.kernel is None or self.kernel.claim(target_key, over_lingering=True)
-
-    def _is_unused(self, target_key: bytes) -> bool:
-        """True if not even a lingering session had ``target_key``.
-
-        A reopened connection goes on with the same sequence numbers: what was delayed of the
-        one before would fit in (RFC 9293 3.4.3), so it needs another port.
-        """
-        if target_key in self.by_target:
-            return False
-        return self.kernel is None or self.kernel.claim(target_key)
-
-    def _supersede(self, session: Session, now_ns: int) -> None:
-        """The client uses its port for a new connection while we still hold the old one."""
-        if session.online.fin_pos != NO_POSITION:
-            self.detach(session)  # it was closed; let it finish on its own
-        else:
-            session.cut_off(Outcome.SUPERSEDED, Fate.DROPPED_SUPERSEDED, now_ns)
-
     # -- what sessions ask of their host -----------------------------------------------------
 
     def schedule(self, session: Session) -> None:
@@ -319,45 +158,15 @@ class Table:
 
     def reopen(self, session: Session, online: Online, now_ns: int) -> None:
         """Send ``online``, what is left of the client's stream, over a new connection."""
-        if not online.queue and not online.early:
-            self._leave(session, online)
-            return
-        old, refusal, successor = session.target, self._limit(), None
-        start = online.queue[0].pos if online.queue else online.snd_nxt
-        if refusal is None:
-            # What the first connection negotiated is what this target can do.
-            successor = self._connect(
-                session.key, session.service, online, start, old.mss,
-                old.rcv_wscale, old.options, now_ns, self._is_unused,
-            )  # fmt: skip
-        if successor is None:
-            drop((*online.queue, *online.early), refusal or Fate.REFUSED_NO_ADDRESS, self.ledger)
-            self._leave(session, online)
-            return
-        self.ledger.counts[Count.REOPENED] += 1
-        successor.ripen()
-        successor.target.need_base = online.queue[0].need
-        if online.early:
-            successor.gap_at = now_ns + self.rules.gap_ns
-        successor.open(now_ns)
-
-    def _leave(self, session: Session, online: Online) -> None:
-        """Nobody takes ``online`` over. What was captured of it so far is not joined anew."""
-        end = max(session.online.snd_nxt, online.snd_nxt, *(each.end for each in online.early))
-        self._admission.ended(session.key, (online.iss + end) & MASK)
-        self._watch(session.key, online)
-
-    def _watch(self, key: bytes, online: Online) -> None:
-        """The client goes on; join it again when its next request begins."""
-        self._admission.watch(key, (online.rcv_nxt + (online.irs or 0)) & MASK)
+        self._opening.reopen(session, online, now_ns)
 
     def detach(self, session: Session) -> None:
         """The client's segments are no longer this session's."""
         if self.by_online.get(session.key) is session:
             del self.by_online[session.key]
-            self._disown(session.key)
+            self.disown(session.key)
 
-    def _disown(self, key: bytes) -> None:
+    def disown(self, key: bytes) -> None:
         """The connection ``key`` has no session here: the kernel may open its next one."""
         if self.kernel is not None:
             self.kernel.disown_online(key)
@@ -372,10 +181,7 @@ class Table:
         session.scheduled_ns = NEVER
         if self.by_online.get(session.key) is session:
             self.detach(session)
-            online = session.online
-            self._admission.ended(session.key, (online.iss + online.snd_nxt) & MASK)
-            if outcome in _MID_REQUEST and session.online.fin_pos == NO_POSITION:
-                self._watch(session.key, session.online)
+            self._opening.remember(session, outcome)
 
     def forget(self, session: Session) -> None:
         """There is nothing more to be done for it."""

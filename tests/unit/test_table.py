@@ -19,11 +19,11 @@ ZERO = Segment(0, *[0] * 15, b"", bytes(32))
 class Bench:
     """A table, and the few segments these tests need."""
 
-    def __init__(self, addresses=None, **rules):
+    def __init__(self, addresses=None, path_mss=lambda addr: 1460, **rules):
         self.ledger, self.now_ns = Ledger(), 0
         self.table = Table(
             Rules(**rules), self.ledger, addresses or KeptAddresses(), [(TARGET, 80)],
-            lambda addr: 1460, 0,
+            path_mss, 0,
         )  # fmt: skip
         self.claimed, self.released = [], []
         self.table.on_claim = self.claimed.append
@@ -234,8 +234,7 @@ def test_sweeping_many_sessions_takes_many_turns(monkeypatch):
 
 
 def test_the_path_to_the_target_limits_the_mss():
-    bench = Bench()
-    bench.table._path_mss = {TARGET: 1000}.__getitem__
+    bench = Bench(path_mss={TARGET: 1000}.__getitem__)
     assert bench.open(1).target.mss == 1000
 
 

@@ -1,0 +1,134 @@
+"""What the opening and the sweeping of sessions tell a kernel that keeps sessions of its own."""
+
+import struct
+
+import pytest
+
+from pycopy.abi import ACK, FIN, PSH, RST, SYN
+from pycopy.ledger import Count, Fate
+from pycopy.session import table as table_module
+from pycopy.session.rules import SECOND
+from pycopy.session.states import Outcome, State
+from tests.unit.test_table_kernel import Bench, Kernel
+
+
+class LingeringKernel(Kernel):
+    """A session of its own that is over still has one of the ports."""
+
+    def __init__(self, port):
+        super().__init__()
+        self.port = struct.pack("!H", port)
+
+    def claim(self, target_key, over_lingering=False):
+        if target_key[32:34] == self.port and not over_lingering:
+            return False
+        return super().claim(target_key)
+
+
+def lingering(port):
+    bench = Bench()
+    bench.kernel = bench.table.kernel = LingeringKernel(port)
+    return bench
+
+
+def port_of(session):
+    return struct.unpack("!H", session.target_key[32:34])[0]
+
+
+def no_port_is_free(bench):
+    bench.kernel.claim = lambda target_key, over_lingering=False: False
+
+
+@pytest.mark.parametrize(
+    ("flags", "payload", "fate"),
+    [
+        (SYN, b"", Fate.REFUSED_SESSION_LIMIT),
+        (PSH | ACK, b"request", Fate.REFUSED_SESSION_LIMIT),
+        (FIN | ACK, b"", Fate.STRAY),
+        (SYN, b"", Fate.REFUSED_NO_ADDRESS),
+        (PSH | ACK, b"request", Fate.REFUSED_NO_ADDRESS),
+    ],
+)
+def test_the_kernel_may_open_the_next_one_of_a_client_that_is_refused(flags, payload, fate):
+    bench = Bench()
+    bench.now_ns = 10 * SECOND
+    bench.kernel.online = {Bench.key(1), Bench.key(2)}
+    if fate is Fate.REFUSED_NO_ADDRESS:
+        no_port_is_free(bench)
+    elif fate is not Fate.STRAY:
+        bench.table.closed_for = fate
+    bench.client(flags, 1, 1, payload)
+    assert bench.ledger.fates[fate] == 1 and not bench.table.by_target
+    assert bench.kernel.online == {Bench.key(2)}
+
+
+def test_a_new_connection_takes_the_port_of_one_that_lingers():
+    assert port_of(lingering(10_001).open()) == 10_001
+
+
+def test_a_reopened_connection_does_not():
+    """What was delayed of the one before would fit into its numbers."""
+    bench = lingering(10_002)
+    session = bench.open()
+    bench.client(PSH | ACK, 1, 1, b"first")
+    bench.target(session.target_key, PSH | ACK, 1, 6, 10)
+    bench.target(session.target_key, RST | ACK, 11, 6)
+    bench.client(PSH | ACK, 6, 11, b"second")
+    assert bench.ledger.counts[Count.REOPENED] == 1
+    assert port_of(bench.table.outbox[-1].session) == 10_003
+
+
+def test_one_that_is_kept_does_not_keep_the_others():
+    bench = Bench()
+    busy, calm = bench.open(1), bench.open(2)
+    bench.client(PSH | ACK, 1, 1, b"request", number=1)
+    bench.table.give_back()
+    assert set(bench.table.by_target.values()) == {busy}
+    assert set(bench.kernel.sessions) == {calm.target_key}
+
+
+def test_without_a_kernel_it_is_not_remembered_what_was_quiet():
+    bench = Bench()
+    bench.table.kernel = None
+    bench.open()
+    bench.table.kernel = bench.kernel
+    bench.table.give_back()
+    assert not bench.kernel.sessions
+
+
+def test_what_was_given_is_not_swept(monkeypatch):
+    monkeypatch.setattr(table_module, "SWEEP_SESSIONS", 1)
+    bench = Bench(idle_ns=SECOND)
+    bench.kernel.room = False
+    bench.open(1)
+    bench.table.give_back()
+    bench.open(2)
+    bench.table.on_time(table_module.SWEEP_NS)
+    assert bench.ledger.outcomes[Outcome.IDLE] == 1
+    bench.kernel.room = True
+    bench.table.give_back()
+    assert len(bench.kernel.sessions) == 1
+    bench.table.on_time(table_module.SWEEP_NS + table_module.SWEEP_STEP_NS)
+    assert bench.ledger.outcomes[Outcome.IDLE] == 1
+
+
+def test_what_is_over_is_not_swept():
+    bench = Bench(idle_ns=SECOND)
+    session = bench.open()
+    bench.now_ns = table_module.SWEEP_NS - 3 * SECOND // 2
+    bench.client(RST | ACK, 1, 1)
+    bench.table.on_time(table_module.SWEEP_NS)
+    assert bench.table.by_target[session.target_key] is session
+    assert sum(bench.ledger.outcomes.values()) == 1
+
+
+def test_a_handshake_of_the_kernels_is_swept_at_once():
+    bench = Bench()
+    given = bench.given()
+    syn_sent = given._replace(
+        state=State.SYN_SENT.value, known=0, snd_una=0, snd_nxt=1, online_snd_nxt=1, rto_at=SECOND
+    )
+    bench.table.adopt_all([(syn_sent, [])], 0)
+    assert bench.table.by_target[given.target].state is State.SYN_SENT
+    bench.table.on_time(SECOND)
+    assert bench.table.outbox[-1].flags == SYN
