@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from pycopy import selfports
+from pycopy import selfports, shares
 from pycopy.abi import Segment
 from pycopy.channel import Count, Hello, InterceptClient
 from pycopy.claims import range_of
@@ -119,8 +119,7 @@ class OwnAnswers:
         self._cover_ways_out()
 
     def describe(self) -> str:
-        low, high = self._ports
-        return f"responses swallowed here (zero-route, our ports {low}-{high})"
+        return own_words(self._ports)
 
     def _cover(self, devices: list[Device]) -> None:
         """Swallow our copies' answers on ``devices`` as well."""
@@ -165,6 +164,11 @@ class OwnAnswers:
             tap.close()
 
 
+def own_words(ports: tuple[int, int]) -> str:
+    """What the banner says of the zero-route mode."""
+    return f"responses swallowed here (zero-route, our ports {ports[0]}-{ports[1]})"
+
+
 class ChannelAnswers:
     """Intercepts on other hosts, each at the other end of a channel."""
 
@@ -200,10 +204,11 @@ class ChannelAnswers:
 
     def addresses(self) -> Addresses:
         """The clients' own, or one of the pool (-c)."""
+        ports = shares.own_ports(self._config)
         if self._config.client_pool:
             targets = frozenset(addr for addr, _ in self._targets)
-            return PooledAddresses(self._config.client_pool, targets)
-        return KeptAddresses()
+            return PooledAddresses(self._config.client_pool, targets, ports)
+        return KeptAddresses(ports)
 
     def may_stay_in_kernel(self) -> str:
         return "responses come from another host"

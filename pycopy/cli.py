@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from pycopy import __version__, config, daemon, devices, guards, messages, options
+from pycopy import __version__, config, daemon, devices, guards, messages, options, shares
 from pycopy.config import InterceptConfig, ProcessConfig, ReplayConfig
 from pycopy.errors import (
     EXIT_FAILED,
@@ -134,6 +134,11 @@ def replay_config(argv: Sequence[str], resolver: config.Resolver = config.resolv
         wanted.backlog_bytes = config.parse_bytes(given.backlog, "--backlog")
     wanted.lonely = given.lonely
     wanted.allow_public_target = given.allow_public_target
+    if given.workers is not None:
+        wanted.workers = _workers(
+            given.workers, shares.MOST if wanted.intercepts else shares.MOST_ALONE
+        )
+        shares.check(wanted, memory_given=given.memory is not None)
     _process(given, wanted, "replay")
     return wanted
 
@@ -182,6 +187,12 @@ def _numbers(given: argparse.Namespace, wanted: ReplayConfig) -> None:
         wanted.mtu = parse(given.mtu, "-M", 576, 65535, "the MTU")
 
 
+def _workers(text: str, most: int) -> int:
+    if text == "auto":
+        return min(len(os.sched_getaffinity(0)), most)
+    return config.parse_int(text, "--workers", 1, most, "the number of processes")
+
+
 def _process(given: argparse.Namespace, wanted: ProcessConfig, command: str) -> None:
     if given.interface is not None:
         wanted.interfaces = config.parse_interfaces(given.interface)
@@ -205,11 +216,16 @@ def _replay(argv: list[str]) -> int:
     guards.check_privileges()
 
     def body() -> int:
+        warnings = [] if wanted.forwarded else guards.foreign_sources(wanted.services, local)
+        words = [f"pycopy: warning: {warning}" for warning in warnings]
+        if wanted.workers > 1:
+            from pycopy import workers
+
+            return workers.run(wanted, words)
         from pycopy import replay
 
-        if not wanted.forwarded:
-            for warning in guards.foreign_sources(wanted.services, local):
-                messages.say(f"pycopy: warning: {warning}")
+        for line in words:
+            messages.say(line)
         return replay.run(wanted)
 
     return _run(body, wanted)

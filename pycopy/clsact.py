@@ -21,7 +21,7 @@ INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3
 NAME_PREFIX = "pycopy_"
 
 #: A filter of ours has a handle in this range, one for each pycopy on the interface.
-_HANDLES = range(0x70790001, 0x70790011)
+_HANDLES = range(0x70790001, 0x70790101)
 
 #: First in the chain, because a filter before ours may end it; the next ones are for
 #: interfaces where somebody's filter of another kind has the priority.

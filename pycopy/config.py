@@ -83,6 +83,8 @@ class ReplayConfig(ProcessConfig):
     mtu: int = 0  #: 0 is the route's
     lonely: bool = False
     allow_public_target: bool = False
+    workers: int = 1  #: processes that share the flows
+    worker: int = 0  #: which of them this is
 
 
 @dataclass

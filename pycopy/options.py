@@ -307,6 +307,11 @@ def replay_parser() -> Parser:
         action="store_true",
         help="the target may be a public internet address",
     )
+    pace.add_argument(
+        "--workers",
+        metavar="N|auto",
+        help="processes among which the flows are spread (1); auto: one for each CPU",
+    )
     _add_process(parser, "replay", "8M")
     for letter, why in REPLAY_REFUSED.items():
         parser.add_argument(letter, action=_Refuse, why=why)

@@ -172,7 +172,7 @@ class Replay:
         hook = Hook.XDP if config.hook == "xdp" else Hook.TC_INGRESS
         self._captures = live.capture(
             devices, services, hook, config.filter, config.ring_bytes, config.forwarded,
-            self._fastpath.kernel if self._fastpath else None,
+            self._fastpath.kernel if self._fastpath else None, (config.worker, config.workers),
         )  # fmt: skip
         for tap in self._captures:
             self._loop.add(tap.ring.fileno(), READ, partial(self._on_capture_ring, tap))
@@ -182,14 +182,15 @@ class Replay:
 
     def banner(self) -> str:
         """What is copied, from where, to where, how it is answered."""
+        return f"ready: {self.copying()}; {self._answers.describe()}"
+
+    def copying(self) -> str:
+        """The banner's first half."""
         config = self.config
         where = ", ".join(each.ifname for tap in self._captures for each in tap.attachments)
         how = {each.how for tap in self._captures for each in tap.attachments}
         services = ", ".join(str(service) for service in config.services)
-        return (
-            f"ready: copying {services} from {where} ({', '.join(sorted(how))});"
-            f" {self._answers.describe()}"
-        )
+        return f"copying {services} from {where} ({', '.join(sorted(how))})"
 
     # -- input ----------------------------------------------------------------------------
 

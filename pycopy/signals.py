@@ -31,6 +31,8 @@ class Signals:
         self._ended = 0
         #: Set it while starting, when no loop is running yet.
         self.at_once = False
+        #: A worker hears the same end from several sides, and waits for its master's word.
+        self.second_ends = True
         self._reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._writer = writer
         self._fd_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -51,7 +53,7 @@ class Signals:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number in _ENDING:
             self._ended += 1
-            if self._ended > 1 or self.at_once:
+            if self.at_once or (self._ended > 1 and self.second_ends):
                 raise KeyboardInterrupt
 
     def _on_readable(self, _events: int) -> None:

@@ -7,7 +7,7 @@ what is the table's knowledge, asked through ``is_free``.
 """
 
 import ipaddress
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Protocol
@@ -25,6 +25,7 @@ MEMBERS = 8
 
 #: Replacement ports lie above the well-known and registered services.
 PORT_LO, PORT_HI = 10_000, 65_535
+PORTS = range(PORT_LO, PORT_HI + 1)
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -40,12 +41,13 @@ class Addresses(Protocol):
 
 
 def _next_free(
-    source: bytes, first: int, target_addr: bytes, target_port: int, is_free: IsFree
-) -> bytes | None:
-    """Return the first free key from port ``first`` on; TRIES at most."""
-    span = PORT_HI - PORT_LO + 1
-    for step in range(TRIES):
-        port = PORT_LO + (first - PORT_LO + step) % span
+    source: bytes, first: int, ports: Sequence[int], target_addr: bytes, target_port: int,
+    is_free: IsFree,
+) -> bytes | None:  # fmt: skip
+    """Return the first free key with one of ``ports`` from ``first`` on; TRIES at most."""
+    start = bisect_left(ports, PORT_LO + (first - PORT_LO) % len(PORTS))
+    for step in range(min(TRIES, len(ports))):
+        port = ports[(start + step) % len(ports)]
         key = KEY.pack(source, target_addr, port, target_port)
         if is_free(key):
             return key
@@ -58,6 +60,10 @@ class KeptAddresses:
     A client of the other IP version than the target has no address to keep.
     """
 
+    def __init__(self, ports: Sequence[int] = PORTS) -> None:
+        """``ports``: what another port may be, in rising order."""
+        self._ports = ports
+
     def allocate(
         self, client_addr: bytes, client_port: int, target_addr: bytes, target_port: int,
         is_free: IsFree,
@@ -67,7 +73,9 @@ class KeptAddresses:
         key = KEY.pack(client_addr, target_addr, client_port, target_port)
         if is_free(key):
             return key
-        return _next_free(client_addr, client_port + 1, target_addr, target_port, is_free)
+        return _next_free(
+            client_addr, client_port + 1, self._ports, target_addr, target_port, is_free
+        )
 
 
 class PooledAddresses:
@@ -77,13 +85,19 @@ class PooledAddresses:
     same in every instance, and ports move out of each other's way.
     """
 
-    def __init__(self, networks: Sequence[Network], excluded: frozenset[bytes]) -> None:
-        """``excluded`` are 16-byte addresses never to be used: the targets' own."""
+    def __init__(
+        self, networks: Sequence[Network], excluded: frozenset[bytes],
+        ports: Sequence[int] = PORTS,
+    ) -> None:  # fmt: skip
+        """``excluded`` are 16-byte addresses never to be used: the targets' own; ``ports``
+        as in :class:`KeptAddresses`.
+        """
         self._pools: dict[int, list[Network]] = {
             4: [net for net in networks if net.version == 4],
             6: [net for net in networks if net.version == 6],
         }
         self._excluded = excluded
+        self._ports = ports
 
     def allocate(
         self, client_addr: bytes, client_port: int, target_addr: bytes, target_port: int,
@@ -99,7 +113,9 @@ class PooledAddresses:
             key = KEY.pack(source, target_addr, client_port, target_port)
             if is_free(key):
                 return key
-            other = _next_free(source, client_port + 1, target_addr, target_port, is_free)
+            other = _next_free(
+                source, client_port + 1, self._ports, target_addr, target_port, is_free
+            )
             if other is not None:
                 return other
         return None

@@ -140,17 +140,21 @@ def _spread(devices: Sequence[Device], make: Callable[[int], AnyTap]) -> list[An
 def capture(
     devices: Sequence[Device], services: Sequence[Service], hook: Hook, expression: str,
     ring_bytes: int, forwarded: bool, kernel: KernelSessions | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Capture]:  # fmt: skip
     """Capture the client segments of ``services`` on ``devices`` (bpf/capture.c).
 
     A service without an address is any address of this host; ``forwarded``: of anybody.
+    ``share``: which worker, and of how many.
     """
+    worker, workers = share
+    defines = {"PYCOPY_WORKER": worker, "PYCOPY_WORKERS": workers} if workers > 1 else {}
 
     def make(l2_bytes: int) -> Capture:
         text = prelude.services_prelude(services, forwarded)
         text += compile_filter(expression, l2_bytes)
         maps = kernel.maps if kernel else None
-        tap = load_tap("capture.c", l2_bytes, hook, ring_bytes, text, {}, Capture, maps)
+        tap = load_tap("capture.c", l2_bytes, hook, ring_bytes, text, defines, Capture, maps)
         tap.name_local_addresses()
         return tap
 

@@ -348,3 +348,30 @@ def test_words_after_lab_exec_are_not_ours(monkeypatch):
         ("up", None, [], "pycopy-lab"),
         ("shell", "target", [], "pycopy-lab"),
     ]
+
+
+def test_workers():
+    assert replay("-x 80-10.0.0.2:8080").workers == 1
+    assert replay("-x 80-10.0.0.2:8080 --workers 1").memory_mb == 1024
+    config = replay("-x 80-10.0.0.2:8080 --workers 30")
+    assert (config.workers, config.memory_mb) == (30, 30 * 64)
+    assert replay("-x 80-10.0.0.2:8080 -s 10.0.0.3 --workers 64").workers == 64
+    cpus = len(os.sched_getaffinity(0))
+    assert replay("-x 80-10.0.0.2:8080 --workers auto").workers == min(cpus, 30)
+
+
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        ("--workers 0", "from 1 to 30"),
+        ("--workers 31", "from 1 to 30"),
+        ("--workers 65 -s 10.0.0.3", "from 1 to 64"),
+        ("--workers many", "--workers many"),
+        ("--workers 2 --hook xdp", "one XDP program"),
+        ("--workers 4 --max-sessions 3", "--max-sessions 3"),
+        ("--workers 4 -m 255", "-m 255"),
+    ],
+)
+def test_workers_that_cannot_be(words, cause):
+    with pytest.raises(UsageError, match=re.escape(cause)):
+        replay(f"-x 80-10.0.0.2:8080 {words}")
