@@ -299,7 +299,12 @@ def replay_parser() -> Parser:
         metavar="S",
         help=f"the same with nothing left to send (-t plus {SESSION_IDLE_EXTRA_S})",
     )
-    pace.add_argument("-m", "--memory", metavar="MB", help="most memory for sessions (1024)")
+    pace.add_argument(
+        "-m",
+        "--memory",
+        metavar="MB",
+        help="most memory for sessions (1024, or 64 for each of many workers)",
+    )
     pace.add_argument("--max-sessions", metavar="N", help="most sessions at a time (65536)")
     pace.add_argument("-M", "--mtu", metavar="BYTES", help="towards the target (the route's)")
     pace.add_argument(

@@ -134,6 +134,23 @@ def test_a_terminal_that_goes_away_ends_it_as_sigterm_would(scenario, spawn):
     assert run.attached() == []
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_drains(scenario, spawn, workers):
+    """It reaches everybody on the terminal, and must count once all the same."""
+    run = scenario(Placement.SELF, 4)
+    ours, terminal = pty.openpty()
+    spawned = spawn(
+        run, stdin=terminal, stderr=terminal, extra=("--workers", workers),
+        prefix=(sys.executable, "-c", WITH_TERMINAL),
+    )  # fmt: skip
+    os.close(terminal)
+    copied_whole(run, 211)
+    os.write(ours, b"\x03")
+    spawned.ended()
+    os.close(ours)
+    assert run.attached() == []
+
+
 def test_a_held_terminal_does_not_stop_copying(scenario, spawn):
     """As after Ctrl-S: the live view and every message are stuck; copying is not."""
     run = scenario(Placement.SELF, 4)

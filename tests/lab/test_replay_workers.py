@@ -173,6 +173,20 @@ def test_the_same_signal_from_two_sides_still_drains(scenario):
     run.finish(settle=False)
 
 
+def test_a_stopped_master_does_not_stop_its_workers(scenario):
+    """As after Ctrl-Z: what they have to say waits, or is left out."""
+    run = scenario(Placement.SELF, 4, replay_arguments=(*TWO, "--no-fastpath")).start()
+    program = run.copying.replays[0]
+    program.process.send_signal(signal.SIGSTOP)
+    try:
+        run.load(1009, 23, rate=500)
+        run.settle()
+        assert run.copied_count() == 1009
+    finally:
+        program.process.send_signal(signal.SIGCONT)
+    run.finish()
+
+
 def test_two_signals_end_all_at_once(scenario):
     run = scenario(
         Placement.SELF, 4, delay_s=5, servers=((80, "http"),), replay_arguments=TWO
