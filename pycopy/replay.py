@@ -270,6 +270,8 @@ class Replay:
             self._housekeep()
         table_ns = table.deadline_ns()
         if now_ns >= table_ns:
+            # First what has come: when we are late, a target must not seem quiet that is not.
+            self._loop.wait(0)
             table.on_time(now_ns)
             self._send()
             table_ns = table.deadline_ns()
