@@ -184,6 +184,7 @@ class Table:
             return
         if session is not None:
             if session.online.iss == seg.seq:
+                session.withdraw_reset()
                 fates[Fate.DUPLICATE] += 1
                 return
             self._supersede(session, now_ns)
