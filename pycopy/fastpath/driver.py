@@ -109,6 +109,7 @@ class FastPath:
 
     def after_turn(self) -> None:
         """Nothing captured is unread, nothing is unsent."""
+        self.kernel.after_turn()
         self._table.give_back()
 
     def refresh(self) -> None:

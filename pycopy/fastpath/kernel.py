@@ -53,6 +53,10 @@ class KernelSessions:
         #: Keys towards the target of sessions that are over: swallowed for a while yet.
         self._leaving: list[bytes] = []
         self._gone: list[bytes] = []
+        #: Connections online without a session any more, of which something may be unread, in
+        #: order; and when they lost it, in calls of :meth:`forget_released`.
+        self._disowned: dict[bytes, int] = {}
+        self._seconds = 0
         #: Whether any session of the kernel's had something pending when time last passed.
         self.pending = False
         #: How the pass over those goes on: it may take more calls than one turn has.
@@ -189,6 +193,7 @@ class KernelSessions:
         if self._command(abi.GIVE, slot, generation, state) is None:
             return False
         self._fetched.pop(session.target, None)
+        self._disowned.pop(session.online, None)
         flow = abi.FLOW.pack(slot, generation)
         self._by_name["flows"].update(session.online, flow)
         self._by_name["targets"].update(session.target, flow)
@@ -219,11 +224,34 @@ class KernelSessions:
 
     def own_online(self, online_key: bytes) -> None:
         """The connection online has a session in user space."""
+        self._disowned.pop(online_key, None)
         self._by_name["flows"].update(online_key, abi.FLOW.pack(abi.NO_SLOT, 0))
 
     def disown_online(self, online_key: bytes) -> None:
-        """It has none any more."""
-        self._by_name["flows"].delete(online_key)
+        """It has none any more; its client's next segments still come to user space for a while.
+
+        A session that the kernel opened now would be younger than what is captured and unread,
+        and be taken for it: a client may well have begun, and ended, its next connection.
+        """
+        self._disowned.pop(online_key, None)
+        self._disowned[online_key] = self._seconds
+        if len(self._disowned) > maps_module.DISOWNED_MAX:
+            self._forget_disowned(self._seconds + 1, 1)
+
+    def after_turn(self) -> None:
+        """Call it when nothing captured is unread."""
+        self._forget_disowned(self._seconds - 1)
+
+    def _forget_disowned(self, before: int, limit: int = 1 << 30) -> None:
+        """The kernel may open sessions again for what was disowned before that second."""
+        flows, disowned = self._by_name["flows"], self._disowned
+        while disowned and limit:
+            key, since = next(iter(disowned.items()))  # the oldest
+            if since >= before:
+                break
+            del disowned[key]
+            flows.delete(key)
+            limit -= 1
 
     def release(self, target_key: bytes) -> None:
         """The connection to the target is over; its late segments are swallowed for a while."""
@@ -231,6 +259,8 @@ class KernelSessions:
 
     def forget_released(self) -> None:
         """Call once a second: forget what was released before the last call."""
+        self._seconds += 1
+        self._forget_disowned(self._seconds - 2)  # even where something is always unread
         for target_key in self._gone:
             self._by_name["targets"].delete(target_key)
             self._drop_slot(target_key)

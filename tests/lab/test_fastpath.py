@@ -66,10 +66,9 @@ def test_short_connections_stay_in_the_kernel(start, family):
     assert ledger["sessions"]["ended_closed"] == 1009
 
 
-@families
-def test_a_slower_target_is_waited_for_in_the_kernel(start, family):
+def test_a_slower_target_is_waited_for_in_the_kernel(start):
     """50 ms for each answer: the next request waits, and leaves with the answer."""
-    run = start(family, servers=((80, "http"),), delay_s=0.05)
+    run = start(servers=((80, "http"),), delay_s=0.05)
     run.load(211, 23, rate=200, answers=(1, 1009))
     ledger = sections(run.finish())
     assert ledger["fastpath"]["kernel_percent"] >= 95, ledger["fastpath"]
@@ -97,25 +96,28 @@ def test_without_it_every_segment_is_user_spaces(start):
 # -- bad networks -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("percent", (1, 5))
-@pytest.mark.parametrize("leg", LEGS)
-def test_loss(start, lab, leg, percent):
+@pytest.mark.parametrize(
+    ("percent", "legs"), [(1, LEGS), *((5, (leg,)) for leg in LEGS)],
+    ids=("1 % everywhere", *(f"5 % {leg}" for leg in LEGS)),
+)  # fmt: skip
+def test_loss(start, lab, legs, percent):
     """Sessions leave to be repaired, and come back; nothing is lost."""
     lab.set_offloads(False)
     run = start(servers=((80, "http"),))
-    impairment = impair_leg(lab, Placement.SELF, leg, drop_ppm=percent * 10_000)
+    impairments = [impair_leg(lab, Placement.SELF, leg, drop_ppm=percent * 10_000) for leg in legs]
     try:
         load = run.load(701, 23, wait=False, id="keep", answers=(1, 1009), rate=1500)
         run.load(101, 101, short=101, id="short", answers=(1, 1009))
         run.checked(load, 701)
         settle(run, 124)
     finally:
-        impairment.close()
+        for impairment in impairments:
+            impairment.close()
         lab.set_offloads(True)
     ledger = sections(run.finish(settle=False, resets=True))
     share = ledger["fastpath"]
-    assert impairment.final["dropped"] > 0
-    if leg == LEGS[0]:
+    assert all(impairment.final["dropped"] > 0 for impairment in impairments)
+    if legs == LEGS[:1]:
         # A request of one segment that was lost is a late one to the capture, and no gap.
         assert share["kernel_percent"] >= 95, share
         return
@@ -192,9 +194,13 @@ def test_no_more_sessions_than_allowed(start):
 def test_a_client_port_used_again_at_once(start, lab, reset):
     run = start(servers=((80, "http"),))
     traffic.port_used_again(lab, reset=reset, times=23)
-    settle(run, 23)
-    ledger = sections(run.finish(settle=False, resets=True))
-    assert ledger["sessions"]["opened"] >= 23
+    settle(run)
+    outcome = run.copying.stop()
+    # A server in TIME_WAIT may answer a SYN for the connection before: the client resets that,
+    # and the copy of it is a connection without a request.
+    assert run.asked().requests == run.copied().requests
+    assert sections(outcome)["sessions"]["opened"] >= 23
+    assert outcome.balanced and run.attached() == []
 
 
 # -- the process --------------------------------------------------------------------------------
@@ -210,23 +216,12 @@ def test_the_ledger_while_it_runs(start):
     shown = json.loads(replay.output.splitlines()[-1])["ledger"]
     assert shown["fastpath"]["kernel_segments"] > 100
     assert 1 <= shown["sessions"]["active"] <= 23
-    run.checked(load, 1009)
-    run.finish()
-
-
-def test_signals_in_a_hurry(start):
-    """They come while the kernel's timer runs, again and again."""
-    run = start(4)
-    load = run.load(701, 101, wait=False, rate=1000)
-    (replay,) = run.copying.replays
-    sent = 0
+    # In a hurry: signals come while the kernel's timer runs, again and again.
     while load.running:
         replay.process.send_signal(signal.SIGUSR1)
-        sent += 1
         assert replay.process.poll() is None, replay.messages
-    run.checked(load, 701)
+    run.checked(load, 1009)
     run.finish()
-    assert sent > 100
 
 
 def test_kill_9_leaves_nothing(start):

@@ -167,7 +167,7 @@ def test_the_end_of_the_run(make):
     path = make()
     path.stop(9)
     path.after_turn()
-    assert path.kernel.told == [("set_closed", True), ("fetch_all",)]
+    assert path.kernel.told == [("set_closed", True), ("fetch_all",), ("after_turn",)]
     assert path._table.calls == [("adopt_all", (), 9), ("give_back",)]
     path.close()
     assert path.kernel.told[-1] == ("close",)
