@@ -191,6 +191,7 @@ class KernelSessions:
         if self._command(abi.GIVE, slot, generation, state) is None:
             return False
         self._fetched.pop(session.target, None)
+        self._disowned.pop(session.online, None)
         flow = abi.FLOW.pack(slot, generation)
         self._by_name["flows"].update(session.online, flow)
         self._by_name["targets"].update(session.target, flow)
@@ -234,6 +235,10 @@ class KernelSessions:
     def disown_online(self, online_key: bytes) -> None:
         """It has none any more. Until :meth:`forget_disowned` the kernel leaves it alone."""
         self._disowned[online_key] = None
+        if len(self._disowned) > maps_module.DISOWNED_MAX:
+            oldest = next(iter(self._disowned))
+            del self._disowned[oldest]
+            self._by_name["flows"].delete(oldest)
 
     def forget_disowned(self, is_unread: Callable[[], bool]) -> None:
         """The kernel may open these connections anew. Call it when every record is read.
