@@ -66,6 +66,7 @@ class Maps:
             make("attention", link.RINGBUF, 0, 0, ATTENTION_BYTES)
             make("ports", link.ARRAY, 4, 2, PORTS_MAX)
             make("next_port", link.ARRAY, 4, 8, services)
+            make("pool", link.ARRAY, 4, abi.POOL.size, 2 * (abi.POOL_NETWORKS + 1))
         except BaseException:
             self.close()
             raise
