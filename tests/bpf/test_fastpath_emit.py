@@ -309,7 +309,7 @@ def test_connections_over_which_gigabytes_have_come(bench, family, said):
     far = {
         name: getattr(session, name) + said & 0xFFFFFFFF
         for name in ("online_rcv_nxt", "online_need", "sent_need", "rcv_nxt", "rcv_acked",
-                     "answered", "snd_wl1")
+                     "answered", "said_before", "snd_wl1")
     }  # fmt: skip
     far["snd_wl1"] = far["rcv_nxt"]
     assert bench.kernel.give(session._replace(**far))
