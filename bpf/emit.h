@@ -14,11 +14,11 @@
 #ifndef PYCOPY_EMIT_H
 #define PYCOPY_EMIT_H
 
+#include "frame.h"
 #include "log.h"
 
 #define PYCOPY_HEADERS_BYTES (14 + 40 + 60)
 #define PYCOPY_WINDOW	     0xffff /* rewrite.WINDOW_FIELD */
-#define PYCOPY_HOP_LIMIT     64
 
 #define PYCOPY_SUM_BYTES 512 /* bpf_csum_diff() takes no more before Linux 6.13 */
 
@@ -44,58 +44,6 @@ static __always_inline struct pycopy_work *pycopy_work_of_cpu(void)
 	u32 zero = 0;
 
 	return pycopy_lookup(PYCOPY_MAP_WORK, &zero);
-}
-
-static __always_inline u16 pycopy_fold(u64 sum)
-{
-	sum = (sum & 0xffffffff) + (sum >> 32);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	return sum;
-}
-
-static __always_inline void pycopy_put16(u8 *at, u16 value)
-{
-	__builtin_memcpy(at, &value, sizeof(value));
-}
-
-static __always_inline void pycopy_put32(u8 *at, u32 value)
-{
-	__builtin_memcpy(at, &value, sizeof(value));
-}
-
-/* Sum of a few bytes, a multiple of 4, in memory order. */
-static __always_inline u64 pycopy_sum(void *from, u32 bytes, u32 seed)
-{
-	return (u32)bpf_csum_diff(0, 0, from, bytes, seed);
-}
-
-/* Link and IP header of a frame with `tcp_bytes` behind them. */
-static __always_inline void pycopy_put_ip(u8 *frame, const struct pycopy_hop *hop,
-					  const struct pycopy_key *key, const u32 ip_bytes,
-					  u32 tcp_bytes, u16 id)
-{
-	u8 *ip = frame + PYCOPY_L2_BYTES;
-
-	__builtin_memcpy(frame, hop->l2, PYCOPY_L2_BYTES);
-	if (ip_bytes == 20) {
-		pycopy_put16(ip, htons(0x4500));
-		pycopy_put16(ip + 2, htons(20 + tcp_bytes));
-		pycopy_put16(ip + 4, id);
-		pycopy_put16(ip + 6, htons(0x4000));
-		pycopy_put16(ip + 8, htons(PYCOPY_HOP_LIMIT << 8 | PYCOPY_IP_TCP));
-		pycopy_put16(ip + 10, 0);
-		__builtin_memcpy(ip + 12, key->client_addr + 12, 4);
-		__builtin_memcpy(ip + 16, key->server_addr + 12, 4);
-		pycopy_put16(ip + 10, ~pycopy_fold(pycopy_sum(ip, 20, 0)));
-	} else {
-		pycopy_put32(ip, htonl(0x60000000));
-		pycopy_put16(ip + 4, htons(tcp_bytes));
-		pycopy_put16(ip + 6, htons(PYCOPY_IP_TCP << 8 | PYCOPY_HOP_LIMIT));
-		__builtin_memcpy(ip + 8, key->client_addr, 16);
-		__builtin_memcpy(ip + 24, key->server_addr, 16);
-	}
 }
 
 static __always_inline u32 pycopy_tsval(const struct pycopy_fast_config *config)
@@ -195,7 +143,8 @@ static __always_inline long pycopy_clone_as(PYCOPY_CTX *ctx, struct pycopy_work 
 		return -1;
 	__builtin_memcpy(fresh, saved, PYCOPY_HEADERS_BYTES);
 	__builtin_memcpy(&id, saved + ip_at + 4, 2);
-	pycopy_put_ip(fresh, hop, key, ip_bytes, tcp_bytes, id);
+	pycopy_put_ip(fresh, hop->l2, key->client_addr, key->server_addr, ip_bytes,
+		      PYCOPY_IP_TCP, tcp_bytes, id);
 	pycopy_put_tcp(fresh + tcp_at, key, &work->reply, header_bytes);
 	if (work->reply.flags & PYCOPY_TCP_SYN) {
 		if (pycopy_put_syn_options(fresh + tcp_at + 20, header_bytes - 20, &work->reply,
@@ -252,7 +201,8 @@ static __always_inline long pycopy_become(PYCOPY_CTX *ctx, struct pycopy_work *w
 	if (payload > PYCOPY_RELEASE_BYTES)
 		return -1;
 	__builtin_memset(fresh + tcp_at, 0, 32);
-	pycopy_put_ip(fresh, hop, key, ip_bytes, header_bytes + payload, 0);
+	pycopy_put_ip(fresh, hop->l2, key->client_addr, key->server_addr, ip_bytes,
+		      PYCOPY_IP_TCP, header_bytes + payload, 0);
 	pycopy_put_tcp(fresh + tcp_at, key, &work->reply, header_bytes);
 	if (timestamps)
 		pycopy_put_timestamps(fresh + tcp_at + 20, &work->reply, pycopy_tsval(config));

@@ -14,6 +14,7 @@
 #define PYCOPY_FASTPATH_H
 
 #include "emit.h"
+#include "pool.h"
 
 /* What became of a segment. */
 enum pycopy_kept {
@@ -128,6 +129,36 @@ static __always_inline long pycopy_send_clone(PYCOPY_CTX *ctx, struct pycopy_wor
 	return pycopy_clone_as(ctx, work, key, hop, config, 40, tcp_header_bytes, tcp_bytes);
 }
 
+/* Who had this connection to the target before is over, and only waits for what may come
+ * late: it gives way (the client's port is used again).  Zero: the connection is `flow`'s.
+ */
+static __always_inline long pycopy_take_over(struct pycopy_key *key,
+					     const struct pycopy_flow *flow)
+{
+	struct pycopy_flow *taken = pycopy_lookup(PYCOPY_MAP_TARGETS, key);
+	struct pycopy_session *s;
+	struct pycopy_flow old;
+	int gone = 0;
+
+	if (!taken || taken->slot == PYCOPY_NO_SLOT)
+		return -1;
+	old = *taken;
+	s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &old.slot);
+	if (!s)
+		return -1;
+	bpf_spin_lock(&s->lock);
+	if (pycopy_is_ours(s, &old) && s->state == PYCOPY_TIME_WAIT) {
+		s->owner = PYCOPY_FREE;
+		s->generation++;
+		gone = 1;
+	}
+	bpf_spin_unlock(&s->lock);
+	if (!gone)
+		return -1;
+	pycopy_map_push(PYCOPY_MAP(PYCOPY_MAP_SLOTS), &old.slot, 0);
+	return pycopy_update(PYCOPY_MAP_TARGETS, key, flow, 0);
+}
+
 /* A client's SYN: a session of the kernel's, if everything that needs is at hand. */
 static __always_inline int pycopy_open(PYCOPY_CTX *ctx, struct pycopy_packet *packet,
 				       struct pycopy_segment *segment, struct pycopy_work *work,
@@ -171,12 +202,13 @@ static __always_inline int pycopy_open(PYCOPY_CTX *ctx, struct pycopy_packet *pa
 			if (!failed)
 				break;
 		}
-	} else {
-		__builtin_memcpy(key->client_addr, segment->key.client_addr,
-				 sizeof(key->client_addr));
+	} else if (!pycopy_choose_address(key, segment->key.client_addr, packet->family,
+					  config)) {
 		__builtin_memcpy(key->client_port, segment->key.client_port,
 				 sizeof(key->client_port));
 		failed = pycopy_update(PYCOPY_MAP_TARGETS, key, &work->flow, PYCOPY_NOEXIST);
+		if (failed)
+			failed = pycopy_take_over(key, &work->flow);
 	}
 	if (failed) {
 		pycopy_map_push(PYCOPY_MAP(PYCOPY_MAP_SLOTS), &slot, 0);

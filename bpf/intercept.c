@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0
 /*
  * Reduces the target's responses to copied clients to their headers, gives
- * those to user space, and swallows the responses: XDP or TC ingress on an
- * assistant or on the online host itself (PYCOPY_SELF), TC egress on the target.
+ * those to user space or sends them on to their replay (relay.h), and swallows the
+ * responses: TC ingress or XDP on an assistant or on the online host itself
+ * (PYCOPY_SELF), TC egress on the target.
  *
  * A response that belongs to a replay goes no further, whether or not a record
  * could be made of it: behind the address of a copied client there may be a real
@@ -20,6 +21,10 @@
 #include "toobig.h"
 #if PYCOPY_FASTPATH
 #include "fastpath.h"
+#endif
+#if !defined(PYCOPY_SELF) && !PYCOPY_HOOK_XDP
+#define PYCOPY_HAS_RELAYS 1
+#include "relay.h"
 #endif
 
 #if PYCOPY_HOOK_XDP
@@ -41,6 +46,10 @@ BPF_F_TABLE("hash", struct pycopy_key, u8, ours, PYCOPY_SESSIONS, BPF_F_NO_PREAL
 #else
 BPF_LPM_TRIE(claims, struct pycopy_claim_key, u32, PYCOPY_CLAIMS);
 BPF_ARRAY(claims_default, u32, 1);
+#endif
+#if PYCOPY_HAS_RELAYS
+BPF_ARRAY(relays, struct pycopy_relay, PYCOPY_RELAYS);
+BPF_PERCPU_ARRAY(relay_work, struct pycopy_relay_work, 1);
 #endif
 
 static __always_inline void count(int index)
@@ -125,7 +134,7 @@ static __always_inline int is_selected(PYCOPY_CTX *ctx, struct pycopy_packet *pa
 	 * covers the clients of every other service as well, must not.
 	 */
 	claim = find_claim(packet->dst);
-	return claim && *claim == PYCOPY_SWALLOW;
+	return claim && *claim != PYCOPY_PASS;
 }
 
 static __always_inline u32 verdict_of(const __be32 *client)
@@ -154,7 +163,7 @@ static __always_inline u32 claim_of(struct pycopy_packet *packet)
  */
 static __always_inline int is_copy(struct pycopy_packet *packet, struct pycopy_key *key)
 {
-	return verdict_of(packet->src) == PYCOPY_SWALLOW;
+	return verdict_of(packet->src) != PYCOPY_PASS;
 }
 
 #endif
@@ -186,8 +195,25 @@ static __always_inline void look_for_too_big(PYCOPY_CTX *ctx, struct pycopy_pack
 	count(submit(&work->segment, PYCOPY_INT_TOO_BIG));
 }
 
+#if PYCOPY_HAS_RELAYS
+
+/* Makes the packet a datagram to the claim's replay: the device it leaves by, or 0. */
+static __always_inline u32 relay(PYCOPY_CTX *ctx, struct pycopy_packet *packet,
+				 struct pycopy_segment *segment, u32 claim)
+{
+	u32 number = claim - PYCOPY_RELAY, zero = 0;
+	struct pycopy_relay *way = relays.lookup(&number);
+	struct pycopy_relay_work *work = relay_work.lookup(&zero);
+
+	if (!way || !work || pycopy_relay(ctx, packet, way, segment, work))
+		return 0;
+	return way->ifindex;
+}
+
+#endif
+
 /* A response that is to be swallowed: the verdict, and one counter that says how it went. */
-static __always_inline int swallow(PYCOPY_CTX *ctx, struct pycopy_packet *packet)
+static __always_inline int swallow(PYCOPY_CTX *ctx, struct pycopy_packet *packet, u32 claim)
 {
 	struct pycopy_scratch *work;
 	struct pycopy_segment *segment;
@@ -214,6 +240,14 @@ static __always_inline int swallow(PYCOPY_CTX *ctx, struct pycopy_packet *packet
 		return kept == PYCOPY_KEPT ? PYCOPY_VERDICT_SWALLOW : bpf_redirect(ifindex, 0);
 	}
 #endif
+#if PYCOPY_HAS_RELAYS
+	u32 way_out = claim >= PYCOPY_RELAY ? relay(ctx, packet, segment, claim) : 0;
+
+	if (way_out) {
+		count(PYCOPY_INT_RELAYED);
+		return bpf_redirect(way_out, 0);
+	}
+#endif
 	count(submit(segment, PYCOPY_INT_CAPTURED));
 	return PYCOPY_VERDICT_SWALLOW;
 }
@@ -233,9 +267,9 @@ int pycopy_intercept(PYCOPY_CTX *ctx)
 	claim = claim_of(&packet);
 	if (parsed == PYCOPY_FRAGMENT)
 		count(PYCOPY_INT_FRAGMENT);
-	else if (claim == PYCOPY_SWALLOW)
-		return swallow(ctx, &packet);
+	else if (claim != PYCOPY_PASS)
+		return swallow(ctx, &packet, claim);
 	else
 		count(PYCOPY_INT_PASSED);
-	return claim == PYCOPY_SWALLOW ? PYCOPY_VERDICT_SWALLOW : PYCOPY_VERDICT_PASS;
+	return claim == PYCOPY_PASS ? PYCOPY_VERDICT_PASS : PYCOPY_VERDICT_SWALLOW;
 }

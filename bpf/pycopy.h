@@ -88,8 +88,10 @@ enum pycopy_capture_count {
 	PYCOPY_CAP_COUNTS
 };
 
-/* Per-CPU counters of intercept.c (map "counts").
- * MATCHED = CAPTURED + PASSED + FRAGMENT + TRUNCATED + MALFORMED + RING_FULL + TOO_BIG + KEPT.
+/* Per-CPU counters of intercept.c and of progress.c (map "counts").
+ * MATCHED = CAPTURED + PASSED + FRAGMENT + TRUNCATED + MALFORMED + RING_FULL + TOO_BIG + KEPT +
+ * RELAYED.  In progress.c a datagram stands for a response, and one with a wrong cookie is
+ * PASSED.
  */
 enum pycopy_intercept_count {
 	PYCOPY_INT_MATCHED = 0,	  /* TCP segments that the filter selects, and TOO_BIG */
@@ -101,6 +103,7 @@ enum pycopy_intercept_count {
 	PYCOPY_INT_RING_FULL,	  /* treated as ever, but its record was lost */
 	PYCOPY_INT_TOO_BIG,	  /* ICMP about a copy: recorded, and let through */
 	PYCOPY_INT_KEPT,	  /* taken by a session of the kernel's own (PYCOPY_FAST_RESPONSES) */
+	PYCOPY_INT_RELAYED,	  /* turned into a datagram to its replay, then swallowed */
 	PYCOPY_INT_COUNTS
 };
 
@@ -110,11 +113,46 @@ enum pycopy_intercept_count {
 enum pycopy_claim {
 	PYCOPY_PASS = 0,
 	PYCOPY_SWALLOW = 1,
+	PYCOPY_RELAY = 2, /* and above: swallow, by way of entry (value - 2) of "relays" */
 };
 
 struct pycopy_claim_key {
 	__u32 prefix_bits;	/* 0..128, IPv4-mapped for IPv4 (96 + n) */
 	__u8 addr[16];
+};
+
+/* --- Responses straight from one kernel to the other: relay.h, progress.c --- */
+
+#define PYCOPY_RELAYS 64
+
+/* Where a replay's responses go: map "relays"; ifindex 0: nowhere, make records. */
+struct pycopy_relay {
+	__u64 cookie;
+	__u32 ifindex;
+	__u8 family;
+	__u8 reserved;
+	__u8 l2[14];
+	__u8 source[16];
+	__u8 destination[16];
+	__be16 source_port;
+	__be16 destination_port;
+};
+
+enum pycopy_datagram_kind {
+	PYCOPY_RELAYED_SEGMENT = 1,
+	PYCOPY_PROBE = 2, /* the way is open; its segment means nothing */
+};
+
+/* The payload of a datagram from an intercept to a replay (UDP, without a checksum). */
+struct pycopy_datagram {
+	__u64 cookie; /* the run's, from HELLO: who does not know it is nobody */
+	/* Where a TCP header had its checksum, the datagram has this, being written over a
+	 * response.  A device that was to complete that checksum does so here.
+	 */
+	__u16 junk;
+	__u16 kind; /* enum pycopy_datagram_kind */
+	__u32 reserved;
+	struct pycopy_segment segment;
 };
 
 /* --- Sessions that the kernel keeps: fastpath.h, fastpath.c ---
@@ -311,7 +349,21 @@ struct pycopy_fast_config {
 	__u32 timestamp_origin;
 	__u32 closed; /* non-zero: open no session */
 	__u32 wait_for_response;
-	__u32 ports; /* how many are in map "ports"; 0: the client's own address and port */
+	__u32 ports; /* how many are in map "ports"; 0: the client's own port */
+	__u32 pool4; /* how many networks of each family are in map "pool"; both 0: the */
+	__u32 pool6; /* client's own address */
+};
+
+/* Networks of one family in map "pool"; IPv6's follow IPv4's. */
+#define PYCOPY_POOL_NETWORKS 16
+
+/* A network of -c: its first host, and how many hosts those before it have, which an entry
+ * behind the last one says of all.
+ */
+struct pycopy_pool {
+	__u64 high; /* of the address */
+	__u64 low;
+	__u64 before;
 };
 
 /* What fastpath.c is asked to do with a session, by user space. */

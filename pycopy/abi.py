@@ -90,13 +90,31 @@ class InterceptCount(IntEnum):
     RING_FULL = 6
     TOO_BIG = 7
     KEPT = 8
+    RELAYED = 9
 
 
 PASS = 0
 SWALLOW = 1
+#: And above: swallow, by way of a relay's number.
+RELAY = 2
 
 #: ``struct pycopy_claim_key``: prefix length in bits (IPv4: 96 + n), address (16 bytes).
 CLAIM_KEY = struct.Struct("<I16s")
+
+
+# --- responses straight from one kernel to the other -----------------------------------------
+
+RELAYS = 64
+
+#: ``struct pycopy_relay``: cookie, ifindex, family, reserved, l2, source and destination
+#: address, source and destination port (network order).
+RELAY_ENTRY = struct.Struct("<QIBB14s16s16s2s2s")
+
+RELAYED_SEGMENT, PROBE = 1, 2
+
+#: ``struct pycopy_datagram`` before its segment: cookie, junk, kind, reserved.
+DATAGRAM_HEAD = struct.Struct("<QHHI")
+DATAGRAM_BYTES = DATAGRAM_HEAD.size + SEGMENT_BYTES
 
 
 # --- sessions that the kernel keeps ------------------------------------------------------
@@ -229,8 +247,13 @@ LOG_ROOM = LOG_PAYLOAD + 9216 + 1024
 #: ``struct pycopy_hop``: ifindex, usable, family, mss, l2, port (network order), source, target.
 HOP = struct.Struct("<IBBH14s2s16s16s")
 
-#: ``struct pycopy_fast_config``: ten times in nanoseconds, then origin, closed, wait, ports.
-FAST_CONFIG = struct.Struct("<10Q4I")
+#: ``struct pycopy_fast_config``: ten times in nanoseconds, then origin, closed, wait, ports,
+#: and how many networks the pool has of each family.
+FAST_CONFIG = struct.Struct("<10Q6I")
+
+POOL_NETWORKS = 16
+#: ``struct pycopy_pool``: upper and lower half of the first host, hosts before it.
+POOL = struct.Struct("<QQQ")
 
 #: ``struct pycopy_command`` without its session: request, slot, generation, reserved.
 COMMAND = struct.Struct("<4I")

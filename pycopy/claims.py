@@ -1,7 +1,8 @@
 """What the BPF programs do with a response, by its destination: swallow it or let it pass.
 
 The verdicts, most specific prefix first: this host's own addresses and --pass pass; ranges
-that replays claimed are swallowed; for the rest ``claims_default`` decides. Knows maps by
+that replays claimed are swallowed; for the rest ``claims_default`` decides. What is
+swallowed may go by a relay (pycopy/relays.py) instead of the ring. Knows maps by
 ``update`` only; who gets the records is the channel's business.
 """
 
@@ -9,7 +10,7 @@ import ipaddress
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from pycopy.abi import CLAIM_KEY, PASS, SWALLOW
+from pycopy.abi import CLAIM_KEY, PASS, RELAY, SWALLOW
 from pycopy.channel import Range
 from pycopy.config import Network
 from pycopy.errors import PycopyError
@@ -85,10 +86,21 @@ class Claims:
         self._set([item for item in wanted if item not in passing], SWALLOW)
         return passing
 
+    def relay_ranges(self, ranges: Iterable[Range], relay: int | None) -> None:
+        """What is swallowed for these goes by that relay; None: into the ring."""
+        claimed = [item for item in ranges if self._verdicts.get(item, PASS) != PASS]
+        self._set(claimed, _by(relay))
+
+    def relay_strangers(self, relay: int | None) -> None:
+        """The same for whatever nobody's range names, if it is swallowed."""
+        if self._default not in (PASS, _by(relay)):
+            self._set_default(_by(relay))
+
     def claim_strangers(self) -> None:
         """A replay of true client addresses was here: until exit, who is not known to pass
         is taken for a copied client. A stray answer to a real client is worse than a slow test."""
-        self._set_default(SWALLOW)
+        if self._default == PASS:
+            self._set_default(SWALLOW)
 
     def _set(self, items: Iterable[Range], verdict: int) -> None:
         new = [item for item in dict.fromkeys(items) if self._verdicts.get(item) != verdict]
@@ -108,3 +120,7 @@ class Claims:
         for _, default in self._tables:
             default.update(_DEFAULT_KEY, verdict.to_bytes(_VALUE_BYTES, "little"))
         self._default = verdict
+
+
+def _by(relay: int | None) -> int:
+    return SWALLOW if relay is None else RELAY + relay

@@ -159,6 +159,8 @@ def intercept_config(argv: Sequence[str]) -> InterceptConfig:
     wanted = InterceptConfig(ring_bytes=4 << 20)
     if given.at is not None:
         wanted.placement = _choice(given.at, "--at", ("auto", "target", "assistant"))
+    if given.hook is not None:
+        wanted.hook = _choice(given.hook, "--hook", ("tc", "xdp"))
     if given.bind is not None:
         wanted.bind = config.parse_bind(given.bind)
     if given.port is not None:

@@ -92,6 +92,7 @@ class InterceptConfig(ProcessConfig):
     """``pycopy intercept``."""
 
     placement: str = "auto"  #: "auto", "assistant" or "target"
+    hook: str = "tc"  #: on an assistant: "tc" or "xdp"
     bind: str = ""  #: "" is every address of this host, IPv4 and IPv6
     port: int = INTERCEPT_PORT
     pass_nets: list[Network] = field(default_factory=list)

@@ -27,6 +27,10 @@ class PycopyError(Exception):
         return f"{self.cause}\n  {self.cure}" if self.cure else self.cause
 
 
+class PeerError(PycopyError):
+    """Another host does not do its part: nothing that could be tried differently here."""
+
+
 class UsageError(PycopyError):
     """The command line asks for something that has no meaning."""
 

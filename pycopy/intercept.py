@@ -1,8 +1,9 @@
 """``pycopy intercept``: swallow the target's responses, hand their headers to the replays.
 
 The driver: choose the placement, load and attach, wire ring to channel, end in order. What
-is swallowed is claims.py's to say, who gets it the channel's, and nothing here looks into a
-record. Everything that needs undoing is on one exit stack, detaching first.
+is swallowed is claims.py's to say, what goes past the channel relays.py's, who gets the rest
+the channel's, and nothing here looks into a record. Everything that needs undoing is on one
+exit stack, detaching first.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import time
 from functools import partial
 
 from pycopy import daemon, loader, messages, pcapfilter, placement
-from pycopy.abi import SWALLOW, InterceptCount
+from pycopy.abi import PASS, InterceptCount
 from pycopy.attach import Hook
 from pycopy.channel import ChannelServer, Fate, Hello, Placement, Refusal
 from pycopy.claims import Claims, ClaimsFull, describe
@@ -22,6 +23,7 @@ from pycopy.devices import Device, find_devices, local_addresses
 from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
 from pycopy.frame import BALANCED, Value
 from pycopy.loop import READ, Loop
+from pycopy.relays import Relays
 from pycopy.signals import Signals
 from pycopy.sources.live import Tap, load_tap
 from pycopy.view import View
@@ -35,9 +37,13 @@ _SWALLOW = {
     Hook.TC_INGRESS: "TC_ACT_SHOT",
     Hook.TC_EGRESS: "bpf_redirect(0, 0)",
 }
+#: At TC both are before the host's own forwarding. XDP is cheaper on a real NIC, but sends
+#: nothing on from there.
 _HOOKS = {
-    Placement.ASSISTANT: (Hook.XDP, Hook.TC_INGRESS),
-    Placement.TARGET: (Hook.TC_EGRESS,),
+    (Placement.ASSISTANT, "tc"): (Hook.TC_INGRESS,),
+    (Placement.ASSISTANT, "xdp"): (Hook.XDP, Hook.TC_INGRESS),
+    (Placement.TARGET, "tc"): (Hook.TC_EGRESS,),
+    (Placement.TARGET, "xdp"): (Hook.TC_EGRESS,),
 }
 
 #: Records taken from a ring before anybody else gets a turn.
@@ -94,6 +100,9 @@ class Intercept:
             instance=int.from_bytes(os.urandom(8), "little"),
             on_hello=self._on_hello,
             log=_log,
+            on_welcome=lambda replay, hello: self._relays.welcome(replay, hello),
+            on_relay=lambda replay, wanted: self._relays.want(replay, wanted),
+            on_leave=lambda replay: self._relays.leave(replay),
         )
         self._stack.callback(self._server.close, 0.0)
         others = {signal.SIGHUP: daemon.hang_up(self._end), signal.SIGUSR1: self.view.summary}
@@ -103,12 +112,14 @@ class Intercept:
         _log(f"this is the {self._place.name.lower()}: {why}")
         self._watch_devices()
         for device in devices:
-            self._attach(device, _HOOKS[self._place])
+            self._attach(device, _HOOKS[self._place, config.hook])
         self._claims = Claims([_claims_of(tap) for tap in self._taps])
         self._claims.pass_addresses(own)
         self._claims.pass_networks(config.pass_nets)
+        self._relays = Relays(self._loop, self._claims, self._server.tell_relaying, _log)
+        self._stack.callback(self._relays.close)
         for tap in self._taps:
-            self._loop.add(tap.ring.fileno(), READ, partial(self._drain, tap))
+            self._put_to_use(tap)
         messages.say(f"ready: waiting for replays on port {self._server.port}")
         daemon.ready()
         signals.at_once = False
@@ -131,6 +142,7 @@ class Intercept:
                 self._look_again()
             if woken_ns >= timers_ns:
                 self._server.on_timer(woken_ns)
+                self._relays.on_timer(woken_ns)
                 timers_ns = min(self._server.deadline_ns, woken_ns + _TICK_NS)
 
     def _look_again(self) -> None:
@@ -147,12 +159,17 @@ class Intercept:
         before = len(self._taps)
         try:
             for device in find_devices(config.interfaces):
-                self._attach(device, _HOOKS[Placement.TARGET])
+                self._attach(device, _HOOKS[Placement.TARGET, config.hook])
         except PycopyError as error:
             _log(f"its answers are not intercepted: {error}")
         for tap in self._taps[before:]:
             self._claims.add(_claims_of(tap))
-            self._loop.add(tap.ring.fileno(), READ, partial(self._drain, tap))
+            self._put_to_use(tap)
+
+    def _put_to_use(self, tap: Tap) -> None:
+        self._loop.add(tap.ring.fileno(), READ, partial(self._drain, tap))
+        if "relays" in tap.module.maps and tap.l2_bytes:
+            self._relays.add_map(tap.module.maps["relays"])
 
     def _drain(self, tap: Tap, _events: int = READ) -> None:
         records = list(tap.ring.drain_raw(_DRAIN_RECORDS))
@@ -265,7 +282,7 @@ class Intercept:
             _log(f"{describe(item)} of replay {name} passes: it is this host's own, or in --pass")
         if not hello.ranges:
             what = "its clients one by one"
-            if self._claims.default != SWALLOW:
+            if self._claims.default == PASS:
                 _log("from now on every response that is not in --pass is swallowed")
             self._claims.claim_strangers()
         _log(f"replay {name} (pycopy {hello.version}) claims {what}")

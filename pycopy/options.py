@@ -349,6 +349,11 @@ def intercept_parser() -> Parser:
     what.add_argument(
         "--at", metavar="PLACE", help="this host is: target, assistant, auto (default)"
     )
+    what.add_argument(
+        "--hook",
+        metavar="tc|xdp",
+        help="on an assistant: tc (default) or xdp (every response over the channel)",
+    )
     channel = parser.add_argument_group("replay connects to")
     channel.add_argument("-b", "--bind", metavar="ADDRESS", help="this address (all)")
     channel.add_argument("-p", "--port", metavar="PORT", help=f"this port ({INTERCEPT_PORT})")

@@ -1,4 +1,4 @@
-"""Generated C that goes before capture.c and intercept.c: addresses and ports as X-macros.
+"""Generated C that goes before the programs' text: addresses and ports as X-macros.
 
 A list known before the program starts costs least as constants in its text. Addresses are
 16 bytes, IPv4-mapped for IPv4, and become the four host-order words bpf/ compares with.
@@ -30,6 +30,14 @@ def targets_prelude(targets: Iterable[tuple[bytes, int]], lo: int, hi: int) -> s
     entries = [f"S({port}, {_words(address)})" for address, port in targets]
     ports = f"#define PYCOPY_SELF 1\n#define PYCOPY_PORT_LO {lo}\n#define PYCOPY_PORT_HI {hi}\n"
     return ports + _x_macro("PYCOPY_TARGETS", entries)
+
+
+def intercepts_prelude(intercepts: Iterable[tuple[bytes, int]]) -> str:
+    """PYCOPY_INTERCEPTS: ``S(index, port, w0, w1, w2, w3)`` for each intercept (address, port)."""
+    entries = [
+        f"S({index}, {port}, {_words(address)})" for index, (address, port) in enumerate(intercepts)
+    ]
+    return _x_macro("PYCOPY_INTERCEPTS", entries)
 
 
 def _words(address: bytes) -> str:

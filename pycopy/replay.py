@@ -16,12 +16,13 @@ from functools import partial
 
 from pycopy import daemon
 from pycopy.abi import CaptureCount, InterceptCount, Segment
-from pycopy.answers import Answers, ChannelAnswers, OwnAnswers
+from pycopy.answers import Answers, OwnAnswers
 from pycopy.attach import Hook
+from pycopy.channelanswers import ChannelAnswers
 from pycopy.config import ReplayConfig, endpoint
 from pycopy.devices import find_devices
 from pycopy.egress import Egress
-from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
+from pycopy.errors import EXIT_FAILED, EXIT_OK, PeerError, PycopyError, UsageError
 from pycopy.fastpath.driver import FastPath
 from pycopy.ledger import Count, Fate, Ledger
 from pycopy.loop import NEVER_NS, READ, Loop
@@ -73,8 +74,8 @@ class Replay:
         self._targets = [(each.target_addr, each.target_port) for each in config.services]
         self._answers: Answers = (
             ChannelAnswers(
-                config, self._loop, self._targets, self._on_records, self._open_or_close,
-                self._on_bye,
+                config, self._loop, self._targets, self._on_records, self._on_response_ring,
+                self._open_or_close, self._on_bye,
             )
             if config.intercepts
             else OwnAnswers(config, self._loop, self._hops, self._targets, self._on_response_ring)
@@ -119,6 +120,8 @@ class Replay:
             try:
                 self._attach_with(FastPath(self.config))
                 return
+            except (UsageError, PeerError):
+                raise  # nothing that would go better without
             except (PycopyError, OSError) as error:
                 why = str(error).splitlines()[0]
                 self._undo_attach()
@@ -208,6 +211,7 @@ class Replay:
 
     def _on_records(self, records: list[Segment]) -> None:
         now_ns = time.monotonic_ns()
+        self.ledger.by_channel += len(records)
         on_target = self.table.on_target
         for segment in records:
             on_target(segment, now_ns)
@@ -217,7 +221,10 @@ class Replay:
 
         The target forgets the copies, or it would go on answering them, to real clients.
         """
-        self.table.end_all(time.monotonic_ns(), Outcome.INTERCEPT_ENDED, Fate.REFUSED_NO_INTERCEPT)
+        now_ns = time.monotonic_ns()
+        if self._fastpath is not None:
+            self._fastpath.stop(now_ns)
+        self.table.end_all(now_ns, Outcome.INTERCEPT_ENDED, Fate.REFUSED_NO_INTERCEPT)
         self._egress.flush(self.table.outbox)
 
     def _open_or_close(self) -> None:
@@ -230,6 +237,7 @@ class Replay:
             self.table.closed_for = None
         if self._fastpath is not None:
             self._fastpath.set_closed(self.table.closed_for is not None)
+            self._fastpath.set_cut_off(self._answers.cut_off)
 
     # -- the loop -------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ stream.py what both stand on.
 """
 
 from pycopy.channel.client import Count, InterceptClient
-from pycopy.channel.codec import Hello, Placement, ProtocolError, Range, Refuse, Welcome
+from pycopy.channel.codec import Hello, Placement, ProtocolError, Range, Refuse, Relaying, Welcome
 from pycopy.channel.server import DEFAULT_PORT, ChannelServer, Fate, Refusal, Visit
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Range",
     "Refusal",
     "Refuse",
+    "Relaying",
     "Visit",
     "Welcome",
 ]

@@ -29,12 +29,14 @@ from pycopy.channel.codec import (
     Progress,
     ProtocolError,
     Refuse,
+    Relay,
+    Relaying,
     Release,
     Welcome,
 )
 from pycopy.channel.server import version_mismatch
 from pycopy.channel.stream import GREETING_NS, FrameStream
-from pycopy.errors import PycopyError
+from pycopy.errors import PeerError
 from pycopy.loop import WRITE, Loop
 
 _FIRST_RETRY_NS = 200_000_000
@@ -81,6 +83,7 @@ class InterceptClient:
         on_state: Callable[[str], None],
         on_connected: Callable[["InterceptClient"], None] = lambda client: None,
         on_bye: Callable[[], None] = lambda: None,
+        on_relaying: Callable[[], None] = lambda: None,
         live_claims: Callable[[], Iterable[bytes]] = tuple,
     ) -> None:
         self.host, self.port = address
@@ -91,6 +94,7 @@ class InterceptClient:
         self._on_state = on_state
         self._on_connected = on_connected
         self._on_bye = on_bye
+        self._on_relaying = on_relaying
         self._live_claims = live_claims
         #: Resolved once, at start-up: asking a name server would stop the loop.
         self._addresses: list[tuple[socket.AddressFamily, tuple[Any, ...]]] = []
@@ -109,6 +113,9 @@ class InterceptClient:
         self._refusal = ""
         #: Which process it is, whatever address it was reached at; 0 before the first greeting.
         self.instance = 0
+        #: What the intercept says of datagrams, and what we have said.
+        self.relaying = Relaying.OFF
+        self._wanted = Relaying.OFF
         self.counts = [0] * len(Count)
 
     @property
@@ -118,7 +125,7 @@ class InterceptClient:
     # --- start and end ---
 
     def connect_blocking(self, timeout_s: float) -> None:
-        """For start-up: connected when it returns; :class:`PycopyError` says why not."""
+        """For start-up: connected when it returns; :class:`PeerError` says why not."""
         until_ns = time.monotonic_ns() + int(timeout_s * 1e9)
         self._resolve()
         sock = self._connect_first(until_ns)
@@ -130,7 +137,7 @@ class InterceptClient:
             rest_s = (until_ns - time.monotonic_ns()) / 1e9
             if rest_s <= 0:
                 self.close()
-                raise PycopyError(
+                raise PeerError(
                     f"{self.name} took the connection but does not answer as a pycopy intercept",
                     f"is it `pycopy intercept` that listens on port {self.port} there?",
                 )
@@ -140,7 +147,7 @@ class InterceptClient:
         if self._state is not State.READY:
             said = self._refusal or self._said
             self.close()
-            raise PycopyError(
+            raise PeerError(
                 f"intercept {self.name} did not take this replay: {said}",
                 "" if self._refusal else f"is it `pycopy intercept` that listens on {self.name}?",
             )
@@ -189,6 +196,14 @@ class InterceptClient:
         else:
             stream.flush()
 
+    def want_relay(self, wanted: Relaying) -> None:
+        """Say, if it is new, whether our responses are to come as datagrams."""
+        if wanted is self._wanted or self._stream is None or not self.connected:
+            return
+        self._wanted = wanted
+        self._stream.send(Relay(wanted).encode())
+        self._stream.flush()
+
     # --- timers ---
 
     @property
@@ -221,6 +236,9 @@ class InterceptClient:
                 self._on_records(records)
         elif isinstance(frame, Ping | Pong):
             self._note_total(frame.total)
+        elif isinstance(frame, Relay):
+            self.relaying = frame.relaying
+            self._on_relaying()
         elif isinstance(frame, Welcome):
             self._welcomed(stream, frame)
         elif isinstance(frame, Refuse):
@@ -254,6 +272,7 @@ class InterceptClient:
         self._state = State.READY
         self._retry_ns = _FIRST_RETRY_NS
         self.instance = welcome.instance
+        self.relaying = welcome.relaying
         stream.greeting_over(codec.FROM_INTERCEPT)
         if self._said:
             self.counts[Count.RECONNECTS] += 1
@@ -271,7 +290,7 @@ class InterceptClient:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except (socket.gaierror, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise PycopyError(
+            raise PeerError(
                 f"cannot resolve the intercept's name {self.host!r}: {reason}",
                 "check the name after -s, or give its address",
             ) from None
@@ -292,17 +311,17 @@ class InterceptClient:
                 sock.close()
                 last = error
         if isinstance(last, ConnectionRefusedError):
-            raise PycopyError(
+            raise PeerError(
                 f"{self.name} refused the connection: nothing listens there",
                 f"is `pycopy intercept` running on {self.host}? It listens on port {self.port} "
                 "only if that is its -p",
             )
         if isinstance(last, TimeoutError) or last.errno == errno.ETIMEDOUT:
-            raise PycopyError(
+            raise PeerError(
                 f"no answer from intercept {self.name}",
                 f"check the route to {self.host} and that no firewall drops TCP port {self.port}",
             )
-        raise PycopyError(
+        raise PeerError(
             f"cannot connect to intercept {self.name}: {last.strerror}",
             f"check the address after -s and the route to {self.host}",
         )
@@ -348,6 +367,7 @@ class InterceptClient:
         self._drop_socket()
         was_connected = self.connected
         self._state = State.WAITING
+        self.relaying = self._wanted = Relaying.OFF
         if was_connected:
             self._on_connected(self)
         self._until_ns = time.monotonic_ns() + self._retry_ns

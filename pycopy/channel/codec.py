@@ -18,7 +18,7 @@ from typing import NamedTuple
 from pycopy import __version__
 from pycopy.abi import ABI_VERSION, CLAIM_KEY, KEY, SEGMENT_BYTES
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 #: No text protocol begins with this byte, so a stray HTTP request is known by its first one.
 MAGIC = b"\xabP"
@@ -27,8 +27,10 @@ HEADER = struct.Struct("<2sBBI")
 #: "PYCP", channel protocol, ABI version, pycopy version (NUL padded).
 _GREETING = struct.Struct("<4sHH24s")
 _GREETING_MAGIC = b"PYCP"
-_INSTANCE = struct.Struct("<Q")
-_WELCOME_REST = struct.Struct("<QB")
+#: Instance, cookie, UDP port.
+_HELLO_REST = struct.Struct("<QQH")
+_WELCOME_REST = struct.Struct("<QBB")
+_RELAYING = struct.Struct("<B")
 _TOTAL = struct.Struct("<Q")
 
 MAX_RANGES = 1024
@@ -52,6 +54,7 @@ class Type(IntEnum):
     PING = 7
     PONG = 8
     BYE = 9
+    RELAY = 10
 
 
 class Placement(IntEnum):
@@ -59,6 +62,14 @@ class Placement(IntEnum):
 
     ASSISTANT = 1
     TARGET = 2
+
+
+class Relaying(IntEnum):
+    """Whether a replay's responses come as datagrams (``struct pycopy_datagram``)."""
+
+    OFF = 0  #: they cannot
+    PROBING = 1  #: they could: probes are sent, and a replay that gets them says ON
+    ON = 2  #: they do; over the channel come those that cannot
 
 
 class Range(NamedTuple):
@@ -69,10 +80,16 @@ class Range(NamedTuple):
 
 
 class Hello(NamedTuple):
-    """A replay introduces itself; no ranges means that it claims session by session."""
+    """A replay introduces itself; no ranges means that it claims session by session.
+
+    ``relay_port``: where it takes in datagrams that bear ``cookie`` (``struct
+    pycopy_datagram``), 0: nowhere.
+    """
 
     instance: int
     ranges: tuple[Range, ...] = ()
+    relay_port: int = 0
+    cookie: int = 0
     protocol: int = PROTOCOL
     abi: int = ABI_VERSION
     version: str = __version__
@@ -82,7 +99,7 @@ class Hello(NamedTuple):
         return _frame(
             Type.HELLO,
             _greeting(self.protocol, self.abi, self.version)
-            + _INSTANCE.pack(self.instance)
+            + _HELLO_REST.pack(self.instance, self.cookie, self.relay_port)
             + ranges,
         )
 
@@ -92,6 +109,7 @@ class Welcome(NamedTuple):
 
     instance: int
     placement: Placement
+    relaying: Relaying = Relaying.OFF
     protocol: int = PROTOCOL
     abi: int = ABI_VERSION
     version: str = __version__
@@ -100,7 +118,7 @@ class Welcome(NamedTuple):
         return _frame(
             Type.WELCOME,
             _greeting(self.protocol, self.abi, self.version)
-            + _WELCOME_REST.pack(self.instance, self.placement),
+            + _WELCOME_REST.pack(self.instance, self.placement, self.relaying),
         )
 
 
@@ -161,12 +179,21 @@ class Bye(NamedTuple):
         return _frame(Type.BYE, _TOTAL.pack(self.total))
 
 
-Frame = Hello | Welcome | Refuse | Progress | Claim | Release | Ping | Pong | Bye
+class Relay(NamedTuple):
+    """The intercept: what WELCOME said of it has changed. A replay: what it wants, ON or OFF."""
+
+    relaying: Relaying
+
+    def encode(self) -> bytes:
+        return _frame(Type.RELAY, _RELAYING.pack(self.relaying))
+
+
+Frame = Hello | Welcome | Refuse | Progress | Claim | Release | Ping | Pong | Bye | Relay
 
 #: Per type: fixed bytes, bytes of one repeated unit (0: none), fewest and most units.
 _SHAPE: dict[Type, tuple[int, int, int, int]] = {
     # By single bytes, because a later version may lay out differently what follows the greeting.
-    Type.HELLO: (_GREETING.size, 1, 0, _INSTANCE.size + MAX_RANGES * CLAIM_KEY.size),
+    Type.HELLO: (_GREETING.size, 1, 0, _HELLO_REST.size + MAX_RANGES * CLAIM_KEY.size),
     Type.WELCOME: (_GREETING.size, 1, 0, 256),
     Type.REFUSE: (0, 1, 0, MAX_TEXT_BYTES),
     Type.PROGRESS: (_TOTAL.size, SEGMENT_BYTES, 0, MAX_RECORDS),
@@ -175,10 +202,11 @@ _SHAPE: dict[Type, tuple[int, int, int, int]] = {
     Type.PING: (_TOTAL.size, 0, 0, 0),
     Type.PONG: (_TOTAL.size, 0, 0, 0),
     Type.BYE: (_TOTAL.size, 0, 0, 0),
+    Type.RELAY: (_RELAYING.size, 0, 0, 0),
 }
 
-FROM_REPLAY = frozenset({Type.CLAIM, Type.RELEASE, Type.PING, Type.PONG, Type.BYE})
-FROM_INTERCEPT = frozenset({Type.PROGRESS, Type.PING, Type.PONG, Type.BYE})
+FROM_REPLAY = frozenset({Type.CLAIM, Type.RELEASE, Type.PING, Type.PONG, Type.BYE, Type.RELAY})
+FROM_INTERCEPT = frozenset({Type.PROGRESS, Type.PING, Type.PONG, Type.BYE, Type.RELAY})
 FIRST_FROM_REPLAY = frozenset({Type.HELLO})
 FIRST_FROM_INTERCEPT = frozenset({Type.WELCOME, Type.REFUSE})
 
@@ -270,28 +298,34 @@ def _split_greeting(payload: bytes) -> tuple[int, int, str, bytes]:
 def _decode_hello(payload: bytes) -> Hello:
     protocol, abi, version, rest = _split_greeting(payload)
     if protocol != PROTOCOL:
-        return Hello(0, (), protocol, abi, version)
-    if (len(rest) - _INSTANCE.size) % CLAIM_KEY.size or len(rest) < _INSTANCE.size:
+        return Hello(0, protocol=protocol, abi=abi, version=version)
+    if (len(rest) - _HELLO_REST.size) % CLAIM_KEY.size or len(rest) < _HELLO_REST.size:
         raise ProtocolError(f"frame HELLO cannot have {len(payload)} bytes")
-    (instance,) = _INSTANCE.unpack_from(rest)
+    instance, cookie, relay_port = _HELLO_REST.unpack_from(rest)
     ranges = []
-    for bits, addr in CLAIM_KEY.iter_unpack(rest[_INSTANCE.size :]):
+    for bits, addr in CLAIM_KEY.iter_unpack(rest[_HELLO_REST.size :]):
         if bits > 128 or int.from_bytes(addr, "big") & ((1 << (128 - bits)) - 1):
             raise ProtocolError(f"range {addr.hex()}/{bits} is not a prefix")
         ranges.append(Range(addr, bits))
-    return Hello(instance, tuple(ranges), protocol, abi, version)
+    return Hello(instance, tuple(ranges), relay_port, cookie, protocol, abi, version)
 
 
 def _decode_welcome(payload: bytes) -> Welcome:
     protocol, abi, version, rest = _split_greeting(payload)
     if protocol != PROTOCOL:
-        return Welcome(0, Placement.ASSISTANT, protocol, abi, version)
+        return Welcome(0, Placement.ASSISTANT, Relaying.OFF, protocol, abi, version)
     if len(rest) != _WELCOME_REST.size:
         raise ProtocolError(f"frame WELCOME cannot have {len(payload)} bytes")
-    instance, placement = _WELCOME_REST.unpack(rest)
+    instance, placement, relaying = _WELCOME_REST.unpack(rest)
     if placement not in set(Placement):
         raise ProtocolError(f"unknown placement {placement}")
-    return Welcome(instance, Placement(placement), protocol, abi, version)
+    return Welcome(instance, Placement(placement), _relaying(relaying), protocol, abi, version)
+
+
+def _relaying(number: int) -> Relaying:
+    if number not in set(Relaying):
+        raise ProtocolError(f"unknown way of relaying {number}")
+    return Relaying(number)
 
 
 def _keys(payload: bytes) -> tuple[bytes, ...]:
@@ -309,4 +343,5 @@ _DECODE: dict[Type, Callable[[bytes], Frame]] = {
     Type.PING: lambda payload: Ping(*_TOTAL.unpack(payload)),
     Type.PONG: lambda payload: Pong(*_TOTAL.unpack(payload)),
     Type.BYE: lambda payload: Bye(*_TOTAL.unpack(payload)),
+    Type.RELAY: lambda payload: Relay(_relaying(payload[0])),
 }

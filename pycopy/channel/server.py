@@ -25,6 +25,8 @@ from pycopy.channel.codec import (
     Progress,
     ProtocolError,
     Refuse,
+    Relay,
+    Relaying,
     Release,
     Welcome,
 )
@@ -107,12 +109,20 @@ class ChannelServer:
         instance: int,
         on_hello: Callable[[Hello, str], None],
         log: Callable[[str], None],
+        on_welcome: Callable[["Replay", Hello], Relaying] = lambda replay, hello: Relaying.OFF,
+        on_relay: Callable[["Replay", Relaying], None] = lambda replay, wanted: None,
+        on_leave: Callable[["Replay"], None] = lambda replay: None,
     ) -> None:
+        """``on_welcome`` says whether the replay's responses are relayed, ``on_relay`` hears
+        whether it wants that; a change is for :meth:`tell_relaying`."""
         self._loop = loop
         self._placement = placement
         self._instance = instance
         self._on_hello = on_hello
         self._log = log
+        self._on_welcome = on_welcome
+        self._on_relay = on_relay
+        self._on_leave = on_leave
         self._complained_ns = 0
         self._complaints_unsaid = 0
         self._closing = False
@@ -213,6 +223,8 @@ class ChannelServer:
                 self.routes.release(stream, frame.keys)
         elif isinstance(frame, Hello):
             self._welcome(stream, frame)
+        elif isinstance(frame, Relay):
+            self._on_relay(stream, frame.relaying)
         elif isinstance(frame, Bye):
             self._show_out(stream, Visit.LEFT, "")
             self._log(f"replay {stream.name} has left")
@@ -257,7 +269,13 @@ class ChannelServer:
         replay.ranged = bool(hello.ranges)
         self.routes.add(replay, hello.ranges)
         replay.greeting_over(codec.FROM_REPLAY)
-        replay.send(Welcome(self._instance, self._placement).encode())
+        relaying = self._on_welcome(replay, hello)
+        replay.send(Welcome(self._instance, self._placement, relaying).encode())
+        replay.flush()
+
+    def tell_relaying(self, replay: Replay, relaying: Relaying) -> None:
+        """Whether its responses come as datagrams has changed."""
+        replay.send(Relay(relaying).encode())
         replay.flush()
 
     def _show_out(self, replay: Replay, visit: Visit, refusal: str) -> None:
@@ -266,6 +284,7 @@ class ChannelServer:
         if replay in self._replays:
             del self._replays[replay]
             self.routes.remove(replay)
+            self._on_leave(replay)
         replay.close(Refuse(refusal).encode() if refusal else b"")
         self._gone_made += replay.total
         self._gone_sent += replay.records_sent

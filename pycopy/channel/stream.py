@@ -8,7 +8,7 @@ import socket
 import time
 from collections import deque
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 from pycopy.channel.codec import Decoder, Frame, Ping, Pong, ProtocolError, Type
 from pycopy.loop import READ, WRITE, Loop
@@ -68,6 +68,10 @@ class FrameStream:
     @property
     def closed(self) -> bool:
         return self._sock.fileno() < 0
+
+    def ends(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Our address and the peer's, as the socket has them."""
+        return self._sock.getsockname(), self._sock.getpeername()
 
     def greeting_over(self, accepts: frozenset[Type]) -> None:
         """From now on the peer may say ``accepts``, and is expected to stay audible."""

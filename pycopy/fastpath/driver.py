@@ -14,6 +14,7 @@ from pycopy.fastpath.kernel import KernelSessions, active
 from pycopy.inet import family_of
 from pycopy.ledger import Count, Fate, Ledger, ResponseFate
 from pycopy.nexthop import NextHops
+from pycopy.session.addresses import Network
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.states import Outcome
 from pycopy.session.table import Table
@@ -87,7 +88,11 @@ class FastPath:
         self._config = config
         #: Sampling is user space's: the kernel opens nothing then.
         self._samples = config.sample_percent < 100 or config.ramp
-        self._closed = self._samples
+        self._closed = False
+        self._cut_off = False
+        self._relayed = True
+        #: Of which families the responses come to the kernel.
+        self._families = frozenset({4, 6})
         self._sweep_at = 0
         self._seen: list[int] = self.kernel.counters()
         self.deadline_ns = 0
@@ -98,6 +103,7 @@ class FastPath:
         """Everything is resolved, nothing attached yet."""
         self._table, self._ledger, self._hops, self._egress = table, ledger, hops, egress
         self.kernel.configure(rules)
+        self._tell()
         self.on_hop_change()
         self.kernel.load(14)
         table.kernel = self.kernel
@@ -105,19 +111,47 @@ class FastPath:
     def use_ports(self, ports: Sequence[int]) -> None:
         self.kernel.use_ports(list(ports))
 
+    def use_pool(self, networks: Sequence[Network]) -> None:
+        self.kernel.use_pool(networks)
+
+    def use_families(self, families: frozenset[int]) -> None:
+        """Keep sessions towards targets of these only."""
+        self._families = families
+        self._tell()
+        self.on_hop_change()
+
     def set_closed(self, closed: bool) -> None:
         """Whether sessions may be opened now."""
-        self._closed = closed or self._samples
-        if self._closed:
+        self._closed = closed
+        self._tell()
+
+    def set_relayed(self, relayed: bool) -> None:
+        """Whether responses come straight to the kernel: else a session is better off here."""
+        self._relayed = relayed
+        self._tell()
+
+    def _tell(self) -> None:
+        self.kernel.accepts = self._families if self._relayed else frozenset()
+        if self._is_closed():
             self.kernel.set_closed(True)
+
+    def _is_closed(self) -> bool:
+        return self._closed or self._samples or not self._relayed
+
+    def set_cut_off(self, cut_off: bool) -> None:
+        """Whether nothing may be sent, since its answer could reach a real client."""
+        if cut_off != self._cut_off:
+            self._cut_off = cut_off
+            self.on_hop_change()
 
     def on_hop_change(self) -> None:
         """Tell the programs where frames to the targets go now."""
         for index, service in enumerate(self._config.services):
             target = service.target_addr
+            family = family_of(target)
             self.kernel.set_hop(
-                index, self._hops.resolve(target), family_of(target), service.target_port,
-                self._egress.path_mss(target),
+                index, self._hops.resolve(target), family, service.target_port,
+                self._egress.path_mss(target), family in self._families and not self._cut_off,
             )  # fmt: skip
 
     def on_timer(self, now_ns: int) -> None:
@@ -132,7 +166,7 @@ class FastPath:
         """Nothing captured is unread, nothing is unsent."""
         self._table.give_back()
         # Not earlier: a SYN that is unread must not be overtaken by the next one.
-        self.kernel.set_closed(self._closed)
+        self.kernel.set_closed(self._is_closed())
         self.kernel.forget_disowned(is_unread)
 
     def refresh(self) -> None:
@@ -162,7 +196,7 @@ class FastPath:
         return section
 
     def stop(self, now_ns: int) -> None:
-        """The run ends: every session is user space's from here on."""
+        """Every session is user space's from here on: the run ends, or they must."""
         self.kernel.set_closed(True)
         self._table.adopt_all(self.kernel.fetch_all(), now_ns)
 

@@ -7,13 +7,15 @@ only is changed from here. Nothing here knows the rules.
 """
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from pycopy import abi, link, loader
 from pycopy.abi import FastCount, KernelSession, LogRecord
 from pycopy.fastpath.maps import Maps
+from pycopy.inet import map_address
 from pycopy.nexthop import Hop
 from pycopy.ring import Ring
+from pycopy.session.addresses import Network, first_host, usable_hosts
 from pycopy.session.handover import Logged, unfinished
 from pycopy.session.rules import Rules
 
@@ -36,6 +38,8 @@ _MARK = struct.Struct("=8xI")
 _CHAIN_MAX = 1 << 16
 
 _PORT = struct.Struct("!H")
+#: The halves of an address.
+_HALVES = struct.Struct("!QQ")
 _ZERO = bytes(4)
 
 
@@ -55,6 +59,8 @@ class KernelSessions:
         #: Keys towards the target of sessions that are over: swallowed for a while yet.
         self._leaving: list[bytes] = []
         self._gone: list[bytes] = []
+        #: Of which families it takes sessions back.
+        self.accepts = frozenset({4, 6})
         #: Whether any session of the kernel's had something pending when time last passed.
         self.pending = False
         #: How the pass over those goes on: it may take more calls than one turn has.
@@ -96,6 +102,25 @@ class KernelSessions:
         self._config[13] = len(ports)
         self._write_config()
 
+    def use_pool(self, networks: Sequence[Network]) -> None:
+        """Copies leave from addresses of these, as :class:`PooledAddresses` chooses them."""
+        for index, family in enumerate((4, 6)):
+            of_family = [net for net in networks if net.version == family]
+            first = index * (abi.POOL_NETWORKS + 1)
+            before = 0
+            for at, network in enumerate(of_family):
+                high, low = _HALVES.unpack(map_address(network[first_host(network)]))
+                self._put_pool(first + at, high, low, before)
+                # Further than a hash of 32 bits reaches.
+                before = min(before + usable_hosts(network), 1 << 32)
+            self._put_pool(first + len(of_family), 0, 0, before)
+            self._config[14 + index] = len(of_family)
+        self._write_config()
+
+    def _put_pool(self, index: int, high: int, low: int, before: int) -> None:
+        value = abi.POOL.pack(high, low, before)
+        self._by_name["pool"].update(index.to_bytes(4, "little"), value)
+
     def set_closed(self, closed: bool) -> None:
         """Whether the kernel opens no sessions: user space says why, segment by segment."""
         if self._config[11] != int(closed):
@@ -110,9 +135,11 @@ class KernelSessions:
     def _write_config(self) -> None:
         self._by_name["config"].update(_ZERO, abi.FAST_CONFIG.pack(*self._config))
 
-    def set_hop(self, service: int, hop: Hop, family: int, port: int, mss: int) -> None:
+    def set_hop(
+        self, service: int, hop: Hop, family: int, port: int, mss: int, allowed: bool = True
+    ) -> None:
         """The way to a service's target; not usable: its sessions leave the kernel."""
-        usable = hop.usable and len(hop.l2) == 14
+        usable = allowed and hop.usable and len(hop.l2) == 14
         value = abi.HOP.pack(
             hop.ifindex, int(usable), family, mss, hop.l2[:14], _PORT.pack(port), hop.source,
             hop.destination,
@@ -183,7 +210,9 @@ class KernelSessions:
         return record, log[start : start + record.seg_len]
 
     def give(self, session: KernelSession) -> bool:
-        """The kernel goes on with ``session``; False if it has no room for it."""
+        """The kernel goes on with ``session``; False if it has no room for it, or no use."""
+        if session.family not in self.accepts:
+            return False
         slot, generation = self._fetched.get(session.target) or self._new_slot()
         if slot == abi.NO_SLOT:
             return False
@@ -191,6 +220,7 @@ class KernelSessions:
         if self._command(abi.GIVE, slot, generation, state) is None:
             return False
         self._fetched.pop(session.target, None)
+        self._disowned.pop(session.online, None)
         flow = abi.FLOW.pack(slot, generation)
         self._by_name["flows"].update(session.online, flow)
         self._by_name["targets"].update(session.target, flow)
@@ -234,6 +264,10 @@ class KernelSessions:
     def disown_online(self, online_key: bytes) -> None:
         """It has none any more. Until :meth:`forget_disowned` the kernel leaves it alone."""
         self._disowned[online_key] = None
+        if len(self._disowned) > maps_module.DISOWNED_MAX:
+            oldest = next(iter(self._disowned))
+            del self._disowned[oldest]
+            self._by_name["flows"].delete(oldest)
 
     def forget_disowned(self, is_unread: Callable[[], bool]) -> None:
         """The kernel may open these connections anew. Call it when every record is read.

@@ -20,6 +20,9 @@ SLOTS_MAX = 1 << 16
 #: Connections remembered after their end, as in pycopy.session.admission.
 ENDED_MAX = 1 << 16
 
+#: Connections online whose next segments are user space's although their session is over.
+DISOWNED_MAX = 1 << 15
+
 PORTS_MAX = 1 << 16
 
 ATTENTION_BYTES = 1 << 16
@@ -47,8 +50,9 @@ class Maps:
         try:
             make = self._make
             make("sessions", link.ARRAY, 4, abi.KERNEL_SESSION.size, slots, lock_first=True)
-            # Room for sessions of user space's own as well.
-            make("flows", link.HASH, key, flow, slots + max_sessions, link.NO_PREALLOC)
+            # Room for sessions of user space's own as well, and for what was theirs just now.
+            flows = slots + max_sessions + DISOWNED_MAX + 1
+            make("flows", link.HASH, key, flow, flows, link.NO_PREALLOC)
             make("targets", link.HASH, key, flow, slots + 2 * max_sessions, link.NO_PREALLOC)
             make("ended", link.LRU_HASH, key, 4, ENDED_MAX)
             make("slots", link.STACK, 0, 4, slots)
@@ -62,6 +66,7 @@ class Maps:
             make("attention", link.RINGBUF, 0, 0, ATTENTION_BYTES)
             make("ports", link.ARRAY, 4, 2, PORTS_MAX)
             make("next_port", link.ARRAY, 4, 8, services)
+            make("pool", link.ARRAY, 4, abi.POOL.size, 2 * (abi.POOL_NETWORKS + 1))
         except BaseException:
             self.close()
             raise

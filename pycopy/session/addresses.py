@@ -129,8 +129,7 @@ class PooledAddresses:
         number %= total
         index = bisect_right(starts, number) - 1
         net = pool[index]
-        first = 0 if usable_hosts(net) == net.num_addresses else 1
-        return map_address(net[first + number - starts[index]])
+        return map_address(net[first_host(net) + number - starts[index]])
 
 
 class SelfPorts:
@@ -172,3 +171,8 @@ def usable_hosts(net: Network) -> int:
     if net.version == 4 and net.prefixlen < 31:
         return net.num_addresses - 2
     return net.num_addresses
+
+
+def first_host(net: Network) -> int:
+    """Which address of ``net`` is the first of its :func:`usable_hosts`."""
+    return 0 if usable_hosts(net) == net.num_addresses else 1

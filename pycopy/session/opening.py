@@ -72,6 +72,7 @@ class Opening:
             return
         if session is not None:
             if session.online.iss == seg.seq:
+                session.withdraw_reset()
                 fates[Fate.DUPLICATE] += 1
                 return
             self._supersede(session, now_ns)

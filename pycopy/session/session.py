@@ -241,6 +241,16 @@ class Session:
         drop(chunks, fate, self.host.ledger)
         self.online.held_bytes -= sum(len(chunk.data) for chunk in chunks)
 
+    def withdraw_reset(self) -> None:
+        """The client repeats its SYN: a RST that is still held was not meant for this connection.
+
+        A server in TIME_WAIT answers a SYN for the connection before; the client resets that
+        (RFC 9293 3.10.7.3), and asks again.
+        """
+        queue = self.online.queue
+        if queue and queue[-1].flags & RST and self.reset_for is Outcome.CLIENT_RESET:
+            self._drop([queue.pop()], Fate.DROPPED_CLIENT_RESET)
+
     def _on_gap(self, now_ns: int) -> None:
         """Bytes of the client were not captured. Deliver what is whole, and go on behind them."""
         online, early = self.online, self.online.early

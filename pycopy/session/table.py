@@ -42,9 +42,11 @@ class Table:
         self.outbox: list[Emission] = []
         self.by_online: dict[bytes, Session] = {}
         self.by_target: dict[bytes, Session] = {}
-        #: Told of the key towards the target when a session opens and ends.
+        #: Told of the key towards the target when a session opens, or comes, and ends.
         self.on_claim: Callable[[bytes], None] = lambda key: None
         self.on_release: Callable[[bytes], None] = lambda key: None
+        #: The same of a session that the kernel gets.
+        self.on_give: Callable[[bytes], None] = lambda key: None
         #: Why no session may be opened now; None: they may.
         self.closed_for: Fate | None = None
         self._opening = Opening(self, addresses, services, path_mss, start_ns)
@@ -112,6 +114,7 @@ class Table:
         session = adopt(self, *found, now_ns)
         self.by_online.setdefault(session.key, session)
         self.by_target[session.target_key] = session
+        self.on_claim(session.target_key)
         # Whatever became of the segment that brought it here: its own clock is to be set.
         session.deadline_ns = now_ns
         self.schedule(session)
@@ -144,6 +147,7 @@ class Table:
             if self.kernel.give(describe(session)):
                 del self.by_online[key], self.by_target[target_key]
                 session.scheduled_ns = NEVER
+                self.on_give(target_key)
 
     # -- what sessions ask of their host -----------------------------------------------------
 

@@ -6,6 +6,7 @@ zero-route mode. What the segments mean is the session engine's business.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -161,26 +162,10 @@ def capture(
     return _spread(devices, make)
 
 
-class SelfIntercept:
-    """Zero-route mode: swallow what ``targets`` send to our copies (bpf/intercept.c).
+class Everywhere:
+    """A program at TC ingress of whatever device, one tap for each link type."""
 
-    On every device of this host, since answers need not come back the way copies leave.
-    A connection is swallowed from :meth:`claim` until a while after :meth:`release`, and no
-    other: what the target still says of one that is over must not make the kernel answer.
-    """
-
-    def __init__(
-        self, targets: Sequence[tuple[bytes, int]], ports: tuple[int, int], ring_bytes: int,
-        max_sessions: int, kernel: KernelSessions | None = None,
-    ) -> None:  # fmt: skip
-        self._kernel = kernel
-        self._targets = targets
-        self._ports = ports
-        self._ring_bytes = ring_bytes
-        self._max_sessions = max_sessions
-        self._claimed: set[bytes] = set()
-        self._leaving: list[bytes] = []
-        self._gone: list[bytes] = []
+    def __init__(self) -> None:
         self.taps: list[Tap] = []
 
     def cover(self, devices: Iterable[Device]) -> list[Tap]:
@@ -195,6 +180,71 @@ class SelfIntercept:
             if not tap.on(device):
                 tap.attach(device.name)
         return new
+
+    def _make(self, l2_bytes: int) -> Tap:
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        for tap in self.taps:
+            tap.detach()
+
+    def close(self) -> None:
+        for tap in self.taps:
+            tap.close()
+
+
+class Progress(Everywhere):
+    """Take in what ``intercepts`` send straight to this host (bpf/progress.c)."""
+
+    def __init__(
+        self, intercepts: Sequence[tuple[bytes, int]], port: int, cookie: int, ring_bytes: int,
+        kernel: KernelSessions,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self._intercepts = intercepts
+        self._defines: dict[str, int | str] = {
+            "PYCOPY_DATAGRAM_PORT": port,
+            "PYCOPY_COOKIE": f"{cookie}ULL",
+            "PYCOPY_INTERCEPTS_MAX": len(intercepts),
+        }
+        self._ring_bytes = ring_bytes
+        self._kernel = kernel
+
+    def _make(self, l2_bytes: int) -> Tap:
+        text = prelude.intercepts_prelude(self._intercepts)
+        return load_tap(
+            "progress.c", l2_bytes, Hook.TC_INGRESS, self._ring_bytes, text, self._defines, Tap,
+            self._kernel.maps,
+        )  # fmt: skip
+
+    def probed_ns(self, index: int) -> int:
+        """When the last probe of that intercept arrived (CLOCK_MONOTONIC), 0: none did."""
+        key = index.to_bytes(4, sys.byteorder)
+        values = [tap.module.maps["probes"].lookup(key) or b"" for tap in self.taps]
+        return max((int.from_bytes(value, sys.byteorder) for value in values), default=0)
+
+
+class SelfIntercept(Everywhere):
+    """Zero-route mode: swallow what ``targets`` send to our copies (bpf/intercept.c).
+
+    On every device of this host, since answers need not come back the way copies leave.
+    A connection is swallowed from :meth:`claim` until a while after :meth:`release`, and no
+    other: what the target still says of one that is over must not make the kernel answer.
+    """
+
+    def __init__(
+        self, targets: Sequence[tuple[bytes, int]], ports: tuple[int, int], ring_bytes: int,
+        max_sessions: int, kernel: KernelSessions | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self._kernel = kernel
+        self._targets = targets
+        self._ports = ports
+        self._ring_bytes = ring_bytes
+        self._max_sessions = max_sessions
+        self._claimed: set[bytes] = set()
+        self._leaving: list[bytes] = []
+        self._gone: list[bytes] = []
 
     def _make(self, l2_bytes: int) -> Tap:
         text = prelude.targets_prelude(self._targets, *self._ports) + compile_filter("", l2_bytes)
@@ -236,14 +286,6 @@ class SelfIntercept:
                 for tap in self.taps:
                     tap.module.maps["ours"].delete(key)
         self._gone, self._leaving = self._leaving, []
-
-    def detach(self) -> None:
-        for tap in self.taps:
-            tap.detach()
-
-    def close(self) -> None:
-        for tap in self.taps:
-            tap.close()
 
 
 def rss_bytes() -> int:

@@ -138,8 +138,9 @@ class Bench:
         for session, _ in fetched:
             self.disown(session)
         self.kernel.set_closed(False)
-        for _ in range(2):
+        for _ in range(3):
             self.kernel.forget_released()
+            self.kernel.forget_disowned(lambda: False)
         for program in (self.capture, self.intercept):
             program.records()
         self.wire.read()

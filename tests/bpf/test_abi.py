@@ -96,6 +96,11 @@ def test_constants(tmp_path):
         "PYCOPY_PIECE_BYTES": abi.PIECE_BYTES,
         "PYCOPY_PASS": abi.PASS,
         "PYCOPY_SWALLOW": abi.SWALLOW,
+        "PYCOPY_RELAY": abi.RELAY,
+        "PYCOPY_RELAYS": abi.RELAYS,
+        "PYCOPY_RELAYED_SEGMENT": abi.RELAYED_SEGMENT,
+        "PYCOPY_PROBE": abi.PROBE,
+        "PYCOPY_POOL_NETWORKS": abi.POOL_NETWORKS,
         "PYCOPY_CAP_COUNTS": len(abi.CaptureCount),
         "PYCOPY_INT_COUNTS": len(abi.InterceptCount),
         **{f"PYCOPY_CAP_{kind.name}": kind.value for kind in abi.CaptureCount},
@@ -110,8 +115,28 @@ HOP = ("ifindex", "usable", "family", "mss", "l2", "target_port", "source", "tar
 FAST_CONFIG = (
     "now_ns", "quiet_ns", "quiet_max_ns", "delayed_ack_ns", "rto_initial_ns", "rto_min_ns",
     "rto_max_ns", "time_wait_ns", "response_idle_ns", "idle_ns", "timestamp_origin", "closed",
-    "wait_for_response", "ports",
+    "wait_for_response", "ports", "pool4", "pool6",
 )  # fmt: skip
+RELAY_ENTRY = (
+    "cookie", "ifindex", "family", "reserved", "l2", "source", "destination", "source_port",
+    "destination_port",
+)  # fmt: skip
+
+
+def test_relay_and_datagram(tmp_path):
+    check_layout(tmp_path, "pycopy_relay", abi.RELAY_ENTRY, RELAY_ENTRY)
+    packed = struct.Struct(f"{abi.DATAGRAM_HEAD.format}{abi.SEGMENT_BYTES}s")
+    check_layout(
+        tmp_path, "pycopy_datagram", packed, ("cookie", "junk", "kind", "reserved", "segment")
+    )
+    assert packed.size == abi.DATAGRAM_BYTES
+    # Where TCP has its checksum from its header on, a datagram has nothing from UDP's on.
+    (tcp_check,) = facts(tmp_path, "8 + __builtin_offsetof(struct pycopy_datagram, junk)")
+    assert tcp_check == 16
+
+
+def test_pool(tmp_path):
+    check_layout(tmp_path, "pycopy_pool", abi.POOL, ("high", "low", "before"))
 
 
 def test_kernel_session(tmp_path):

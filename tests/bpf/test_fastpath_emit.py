@@ -11,6 +11,7 @@ import pytest
 from pycopy import link
 from pycopy.abi import LOG_BOUNDARY, FastCount, Left
 from pycopy.fastpath import kernel as kernel_module
+from pycopy.fastpath import maps as maps_module
 from tests.bpf.fast import SECOND, Bench
 from tests.bpf.frames import SYN_OPTIONS, padded
 from tests.bpf.harness import Namespaces
@@ -308,7 +309,7 @@ def test_connections_over_which_gigabytes_have_come(bench, family, said):
     far = {
         name: getattr(session, name) + said & 0xFFFFFFFF
         for name in ("online_rcv_nxt", "online_need", "sent_need", "rcv_nxt", "rcv_acked",
-                     "answered", "snd_wl1")
+                     "answered", "said_before", "snd_wl1")
     }  # fmt: skip
     far["snd_wl1"] = far["rcv_nxt"]
     assert bench.kernel.give(session._replace(**far))
@@ -322,3 +323,35 @@ def test_connections_over_which_gigabytes_have_come(bench, family, said):
         assert bytes(held.payload) == b"held"
         connection.answer(b"")
     assert bench.left().get(Left.ORDER, 0) == left
+
+
+def test_a_client_that_begins_again_at_once_stays_with_user_space(bench):
+    """What is unread of it would be taken for the kernel's, which is younger."""
+    opened = bench.counts()[FastCount.OPENED]
+    connection = bench.connection(4)
+    connection.open()
+    session, _ = bench.kernel.fetch_target(connection.state().target)
+    bench.disown(session)
+    connection.seq = 5000
+    again = connection.client_frame("S", options=SYN_OPTIONS)
+    assert bench.client(again) == [] and len(bench.capture.records()) == 1
+    bench.kernel.forget_disowned(lambda: True)
+    assert bench.client(again) == [] and len(bench.capture.records()) == 1
+    bench.kernel.forget_disowned(lambda: False)
+    assert len(bench.client(again)) == 1
+    assert bench.counts()[FastCount.OPENED] == opened + 2
+
+
+def test_what_is_disowned_does_not_pile_up(bench, monkeypatch):
+    """Not even where something is always unread."""
+    monkeypatch.setattr(maps_module, "DISOWNED_MAX", 3)
+    flows = bench.kernel.maps.by_name["flows"]
+    keys = [bytes([number]) * 36 for number in range(5)]
+    for key in keys:
+        bench.kernel.own_online(key)
+        bench.kernel.disown_online(key)
+    assert [flows.lookup(key) is not None for key in keys] == [False] * 2 + [True] * 3
+    bench.kernel.own_online(keys[3])
+    bench.kernel.forget_disowned(lambda: False)
+    assert [flows.lookup(key) is not None for key in keys] == [False] * 3 + [True, False]
+    flows.delete(keys[3])

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0
 /*
  * A bad network for the lab, at TC: drops, duplicates and holds back TCP
- * segments of one port in one direction, by chance or the first few, and counts
+ * segments (or UDP datagrams) of one port in one direction, by chance or the first few, and counts
  * what it did.  What is held goes to another interface, from where impair.py
  * sends it later: that is how segments overtake each other.
  *
@@ -31,6 +31,7 @@ struct rule {
 	u32 hold_ifindex;
 	u32 drop_verdict; /* TC_ACT_* for what is dropped */
 	u32 skip;	  /* so many matching segments are left alone first */
+	u32 protocol;
 };
 
 /* impair.py: COUNTS */
@@ -95,13 +96,16 @@ static inline int matches(struct __sk_buff *skb, struct rule *rule)
 		return 0;
 	}
 	at = 14 + header_bytes;
-	if (protocol != PROTOCOL_TCP || bpf_skb_load_bytes(skb, at, ports, 4) ||
-	    bpf_skb_load_bytes(skb, at + 12, &offset, 1) ||
-	    bpf_skb_load_bytes(skb, at + 13, &flags, 1))
+	if (protocol != rule->protocol || bpf_skb_load_bytes(skb, at, ports, 4))
 		return 0;
 	if (rule->source_port && ntohs(ports[0]) != rule->source_port)
 		return 0;
 	if (rule->destination_port && ntohs(ports[1]) != rule->destination_port)
+		return 0;
+	if (protocol != PROTOCOL_TCP)
+		return 1;
+	if (bpf_skb_load_bytes(skb, at + 12, &offset, 1) ||
+	    bpf_skb_load_bytes(skb, at + 13, &flags, 1))
 		return 0;
 	if (rule->flags && !(flags & rule->flags))
 		return 0;

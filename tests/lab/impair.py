@@ -29,7 +29,7 @@ UNLIMITED = 1 << 40
 CHANNEL_PORT = 36524
 
 #: struct rule, impair.c
-_RULE = struct.Struct("=10I")
+_RULE = struct.Struct("=11I")
 _MARK = 0x1ABE1
 _ETH_P_ALL = 0x0003
 _ZERO = bytes(4)
@@ -50,6 +50,7 @@ class Impairment:
         self, lab, role, device=DEVICE, hook=Hook.TC_EGRESS, *, source_port=0,
         destination_port=0, flags=0, payload_bytes=0, drop_ppm=0, duplicate_ppm=0, hold_ppm=0,
         hold_s=0.004, verdict=DROP, skip=0, budget=UNLIMITED, seed=10,
+        protocol=socket.IPPROTO_TCP,
     ):  # fmt: skip
         self._module = _idle.pop() if _idle else load(str(SOURCE), defines={"PYCOPY_HOOK_XDP": 0})
         maps = self._module.maps
@@ -59,7 +60,7 @@ class Impairment:
                 self._holder = _Holder(lab, role, device, hold_s)
             maps["rules"].update(_ZERO, _RULE.pack(
                 source_port, destination_port, flags, payload_bytes, drop_ppm, duplicate_ppm,
-                hold_ppm, self._holder.ifindex if self._holder else 0, verdict, skip,
+                hold_ppm, self._holder.ifindex if self._holder else 0, verdict, skip, protocol,
             ))  # fmt: skip
             self.allow(budget)
             maps["seen"].update(_ZERO, bytes(8))
@@ -185,3 +186,10 @@ def impair_channel(lab, placement, **what):
         Impairment(lab, SWITCH, "online", source_port=CHANNEL_PORT, **what),
         Impairment(lab, SWITCH, placement.value, destination_port=CHANNEL_PORT, **what),
     ]
+
+
+def impair_datagrams(lab, **what):
+    """What an intercept sends straight to the online host, probes among it."""
+    return Impairment(
+        lab, SWITCH, "online", source_port=CHANNEL_PORT, protocol=socket.IPPROTO_UDP, **what
+    )

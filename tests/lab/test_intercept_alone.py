@@ -279,12 +279,15 @@ def test_target_swallows_what_is_claimed_and_nothing_else(net):
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_assistant_is_a_black_hole_though_it_forwards(net, family):
+@pytest.mark.parametrize(
+    ("choice", "how"), [((), "tc ingress, "), (("--hook", "xdp"), "xdp, native xdp link")]
+)
+def test_assistant_is_a_black_hole_though_it_forwards(net, family, choice, how):
     net.route_copied("assistant")
     until(lambda: net.curl(COPIED[family], TARGET[family]), "forwarding works without pycopy")
-    running = Running(net, "assistant", "-i", "a-t")
+    running = Running(net, "assistant", "-i", "a-t", *choice)
     assert "this is the assistant" in running.said()
-    assert "a-t: xdp, native xdp link" in running.said()
+    assert f"a-t: {how}" in running.said()
     # Nobody has claimed anything yet: everything passes.
     assert net.curl(COPIED[family], TARGET[family]) == "a real answer"
     address = "10.83.0.1" if family == 4 else "fd83::1"
@@ -302,9 +305,9 @@ def test_assistant_is_a_black_hole_though_it_forwards(net, family):
 
 def test_where_xdp_is_taken_tc_does_it_and_the_reason_is_told(net):
     net.route_copied("assistant")
-    first = Running(net, "assistant", "-i", "a-t", "-p", "36525")
+    first = Running(net, "assistant", "-i", "a-t", "-p", "36525", "--hook", "xdp")
     first.log.rename(net.folder / "first.log")
-    second = Running(net, "assistant", "-i", "a-t")
+    second = Running(net, "assistant", "-i", "a-t", "--hook", "xdp")
     assert "a-t: tc ingress" in second.said()
     assert "XDP on a-t is taken by program" in second.said()
     replay = FakeReplay(net, "client", "10.83.0.1", [pool(4)])
@@ -319,7 +322,7 @@ def test_where_xdp_is_taken_tc_does_it_and_the_reason_is_told(net):
 def test_a_device_without_ethernet(net):
     net.ip("assistant", "tuntap", "add", "dev", "tun9", "mode", "tun")
     net.ip("assistant", "link", "set", "tun9", "up")
-    running = Running(net, "assistant", "-i", "a-t,tun9")
+    running = Running(net, "assistant", "-i", "a-t,tun9", "--hook", "xdp")
     assert "a-t: xdp" in running.said()
     assert "tun9: tc ingress" in running.said()
     assert "XDP needs Ethernet, tun9 has none" in running.said()

@@ -78,6 +78,12 @@ def copied_whole(run, number, **options):
     assert run.eventually(lambda: run.copied_count() == before + number)
 
 
+def copies_all(run, number):
+    before = run.copied_count()
+    run.load(number, number)
+    return run.eventually(lambda: run.copied_count() == before + number, 1)
+
+
 @pytest.mark.parametrize("words", [(), ("--interval", "0.1")], ids=["json", "text"])
 def test_stderr_is_a_full_pipe(scenario, spawn, words):
     run = scenario(Placement.SELF, 4)
@@ -144,6 +150,8 @@ def test_ctrl_c_drains(scenario, spawn, workers):
         prefix=(sys.executable, "-c", WITH_TERMINAL),
     )  # fmt: skip
     os.close(terminal)
+    # One request copied says that one worker is ready: some connections are the other's.
+    assert run.eventually(lambda: copies_all(run, 23), 30)
     copied_whole(run, 211)
     os.write(ours, b"\x03")
     spawned.ended()

@@ -28,6 +28,8 @@ from pycopy.channel.codec import (
     ProtocolError,
     Range,
     Refuse,
+    Relay,
+    Relaying,
     Release,
     Type,
     Welcome,
@@ -50,8 +52,11 @@ RANGES = st.lists(
     st.builds(prefix, st.integers(0, 2**128 - 1), st.integers(0, 128)), max_size=20
 ).map(tuple)
 FRAMES = st.one_of(
-    st.builds(lambda instance, ranges: Hello(instance, ranges), U64, RANGES),
-    st.builds(lambda *fields: Welcome(*fields), U64, st.sampled_from(Placement)),
+    st.builds(lambda *fields: Hello(*fields), U64, RANGES, st.integers(0, 65535), U64),
+    st.builds(
+        lambda *fields: Welcome(*fields), U64, st.sampled_from(Placement), st.sampled_from(Relaying)
+    ),
+    st.builds(Relay, st.sampled_from(Relaying)),
     st.builds(Refuse, st.text("abc é€", max_size=100)),
     st.builds(
         Progress,
@@ -153,7 +158,7 @@ def test_a_stranger_is_known_by_its_first_bytes(first):
     ("kind", "length"),
     [
         (Type.HELLO, 31),
-        (Type.HELLO, 32 + 8 + MAX_RANGES * 20 + 1),
+        (Type.HELLO, 32 + 18 + MAX_RANGES * 20 + 1),
         (Type.HELLO, 2**32 - 1),
         (Type.WELCOME, 31),
         (Type.PROGRESS, 7),
@@ -167,6 +172,7 @@ def test_a_stranger_is_known_by_its_first_bytes(first):
         (Type.PING, 7),
         (Type.PONG, 9),
         (Type.BYE, 0),
+        (Type.RELAY, 2),
     ],
 )
 def test_lengths_are_checked_before_the_payload_comes(kind, length):

@@ -4,7 +4,7 @@ import ipaddress
 
 import pytest
 
-from pycopy.abi import CLAIM_KEY, PASS, SWALLOW
+from pycopy.abi import CLAIM_KEY, PASS, RELAY, SWALLOW
 from pycopy.channel import Range
 from pycopy.claims import Claims, ClaimsFull, describe, range_of
 from pycopy.inet import map_address
@@ -114,6 +114,26 @@ def test_no_room_takes_nothing(claims, table):
     claims.claim_ranges(ranges(*(f"10.{n}.0.0/16" for n in range(7))))
     # Known ones need no room.
     claims.claim_ranges(ranges("10.3.0.0/16"))
+
+
+def test_relays_stand_for_what_is_swallowed(claims, table, default):
+    wanted = ranges("10.0.7.0/24", "10.0.8.0/24", "10.0.9.0/24")
+    claims.pass_networks([ipaddress.ip_network("10.0.7.0/24")])
+    claims.claim_ranges(wanted[:2])
+    claims.relay_ranges(wanted, 5)
+    assert table.verdict("10.0.7.1") == PASS
+    assert table.verdict("10.0.8.1") == RELAY + 5
+    assert table.verdict("10.0.9.1") is None  # nobody has claimed it
+    claims.relay_ranges(wanted, None)
+    assert table.verdict("10.0.8.1") == SWALLOW
+    claims.relay_strangers(3)
+    assert default_of(default) == PASS
+    claims.claim_strangers()
+    claims.relay_strangers(3)
+    claims.claim_strangers()
+    assert default_of(default) == RELAY + 3
+    claims.relay_strangers(None)
+    assert default_of(default) == SWALLOW
 
 
 def test_ranges_in_words():

@@ -112,9 +112,11 @@ def test_long_options_and_defaults():
 def test_every_letter_of_intercept():
     config = cli.intercept_config(
         "-i eth0 -F tcp -b fd00::1 -p 7 --at target --pass 10.1.0.x --pass 10.2.0.0/16,10.3.0.1"
-        " -x 10.4.0.1,10.4.0.2 -l /tmp/l -P /tmp/p --json --interval 1 -q --ring 128K".split()
+        " -x 10.4.0.1,10.4.0.2 -l /tmp/l -P /tmp/p --json --interval 1 -q --ring 128K"
+        " --hook xdp".split()
     )
     assert (config.bind, config.port, config.placement) == ("fd00::1", 7, "target")
+    assert config.hook == "xdp" and cli.intercept_config(["-F", "tcp"]).hook == "tc"
     assert len(config.pass_nets) == 5
     assert (config.log_path, config.pid_path) == ("/tmp/l", "/tmp/p")
     assert (config.json, config.interval_s, config.quiet) == (True, 1.0, True)
@@ -194,6 +196,7 @@ def test_every_letter_has_a_long_name():
         ("-F tcp -q 2048", "-q takes no number here: '2048'"),
         ("-F tcp and src port 80", "unexpected argument: 'and'"),
         ("-F tcp --at traget", "'traget' is not known"),
+        ("-F tcp --hook tcx", "'tcx' is not known"),
         ("-F tcp --pass 10.0.0.1/24", "beyond its prefix length"),
         ("-F tcp -p 0", "from 1 to 65535"),
         ("-F tcp -t 7", "unknown option -t"),

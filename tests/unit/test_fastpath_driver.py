@@ -188,3 +188,17 @@ def test_the_end_of_the_run(make):
 def test_no_fastpath_is_an_option_of_replay():
     assert cli.replay_config(LINE.split()).fastpath
     assert not cli.replay_config([*LINE.split(), "--no-fastpath"]).fastpath
+
+
+def test_where_no_response_reaches_the_kernel_it_has_no_session(make):
+    path = make()
+    path.set_relayed(False)
+    path.after_turn(lambda: False)
+    assert path.kernel.accepts == frozenset()
+    assert {call[1] for call in path.kernel.told if call[0] == "set_closed"} == {True}
+    path.kernel.told.clear()
+    path.set_relayed(True)
+    assert path.kernel.accepts == {4, 6}
+    assert not path.kernel.told  # a SYN may be unread
+    path.after_turn(lambda: False)
+    assert ("set_closed", False) in path.kernel.told

@@ -48,7 +48,8 @@ def test_a_full_ring_is_one_trouble_and_each_ring_has_its_own():
     ledger = a_ledger()
     ledger.kernel_capture[8] = 5
     assert [each.key for each in troubles(ledger.snapshot())] == ["ring_full"]
-    ledger.kernel_intercept = [0, 0, 0, 0, 0, 0, 9, 0, 0]
+    ledger.kernel_intercept = [0] * 10
+    ledger.kernel_intercept[6] = 9
     wrong = troubles(ledger.snapshot())
     assert [each.name(wrong) for each in wrong] == [
         "kernel ring_full", "kernel_intercept ring_full",

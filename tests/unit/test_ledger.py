@@ -39,6 +39,11 @@ def test_each_imbalance_is_told():
     ledger = balanced()
     ledger.kernel_intercept = [5, 3, 1, *[0] * (len(InterceptCount) - 3)]
     assert len(ledger.balance()) == 2
+    ledger = balanced()
+    ledger.kernel_intercept = [3, 3, *[0] * (len(InterceptCount) - 2)]
+    assert len(ledger.balance()) == 1
+    ledger.by_channel = 1
+    assert ledger.balance() == []
 
 
 def test_hold_times_fall_into_their_buckets():

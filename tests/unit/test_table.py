@@ -323,3 +323,22 @@ def test_over_the_memory_limit_the_largest_holders_go_first():
     bench.table.shed(600, bench.now_ns)
     assert bench.ledger.outcomes[Outcome.QUEUE_FULL] == 1
     assert not bench.ledger.balance()[1:]
+
+
+def test_a_syn_repeated_after_a_reset_still_wants_its_connection():
+    """The server was in TIME_WAIT and answered for the connection before: that was reset."""
+    bench = Bench()
+    bench.client(1, SYN, 1000)
+    bench.client(1, RST, 5000)  # the number that the server's answer had acknowledged
+    bench.client(1, SYN, 1000)
+    bench.client(1, ACK, 1001, 1)
+    bench.client(1, PSH | ACK, 1001, 1, b"request")
+    session = bench.table.outbox[0].session
+    bench.target(session.target_key, SYN | ACK, 0, 1001)
+    sent = [(each.flags & RST, each.data) for each in bench.table.outbox]
+    assert (0, b"request") in sent and not any(reset for reset, _ in sent)
+    assert session.outcome is None and bench.ledger.fates[Fate.DUPLICATE] == 1
+    assert not bench.ledger.balance()[1:]
+    # Without a reset that is held there is nothing to withdraw.
+    bench.client(1, SYN, 1000)
+    assert bench.ledger.fates[Fate.DUPLICATE] == 2 and session.outcome is None

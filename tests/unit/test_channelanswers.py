@@ -1,0 +1,51 @@
+"""When the kernel may keep sessions whose responses come from other hosts."""
+
+import ipaddress
+
+import pytest
+
+from pycopy.abi import POOL_NETWORKS
+from pycopy.channelanswers import ChannelAnswers
+from pycopy.config import ReplayConfig
+from pycopy.inet import map_address
+from pycopy.loop import Loop
+
+TARGET = {4: "10.0.0.2", 6: "fd00::2"}
+
+
+def answers(*targets, intercepts=("10.0.0.3",), pool=()):
+    config = ReplayConfig(
+        intercepts=[(host, 36524) for host in intercepts],
+        client_pool=[ipaddress.ip_network(text) for text in pool],
+    )
+    return ChannelAnswers(
+        config, Loop(), [(map_address(ipaddress.ip_address(text)), 80) for text in targets],
+        on_records=list, on_ring=print, on_change=list, on_bye=list,
+    )  # fmt: skip
+
+
+def test_as_a_rule():
+    assert answers("10.0.0.2").may_stay_in_kernel() == ""
+    assert answers("fd00::2", intercepts=("fd00::3",)).may_stay_in_kernel() == ""
+
+
+@pytest.mark.parametrize("number", [POOL_NETWORKS, POOL_NETWORKS + 1])
+def test_a_pool_of_too_many_networks(number):
+    pool = [f"62.135.{n}.0/24" for n in range(number)] + ["fd99::/64"]
+    why = answers("10.0.0.2", pool=pool).may_stay_in_kernel()
+    assert why == ("" if number == POOL_NETWORKS else "-c has more than 16 networks of IPv4")
+
+
+def test_a_target_in_the_pool():
+    """Never chosen for a copy, which user space knows to avoid."""
+    why = answers("10.0.0.2", pool=["10.0.0.0/24"]).may_stay_in_kernel()
+    assert why == "the target 10.0.0.2 is itself one of -c"
+
+
+def test_only_targets_of_the_family_of_all_intercepts():
+    """A datagram is written over a response, and has its family."""
+    both = answers("10.0.0.2", "fd00::2")
+    assert both.may_stay_in_kernel() == "" and both._families() == {4}
+    two = answers("10.0.0.2", "fd00::2", intercepts=("10.0.0.3", "fd00::3"))
+    assert two._families() == frozenset()
+    assert "different IP versions" in two.may_stay_in_kernel()
