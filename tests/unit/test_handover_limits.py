@@ -38,6 +38,14 @@ def test_the_first_position_is_not_4_gigabytes_on():
     assert (target.rcv_nxt, target.rcv_acked) == (1, 0)
 
 
+def test_nothing_was_said_before_the_first_position():
+    """What the kernel's numbers put there was said 4 GB later."""
+    irs = kernel_session().irs
+    kernel = kernel_session(known=KNOWN_IRS, rcv_nxt=irs + 5 & 0xFFFFFFFF, rcv_acked=irs - 10)
+    target = adopt(Host(), kernel, [], SECOND).target
+    assert (target.rcv_nxt, target.rcv_acked) == ((1 << 32) + 5, (1 << 32) - 10)
+
+
 def test_the_window_was_last_changed_before_the_latest_acknowledgement():
     assert adopt(Host(), kernel_session(snd_wl2=75), [], SECOND).target.snd_wl2 == 91
 
@@ -54,6 +62,7 @@ def test_a_first_request_needs_nothing(sent):
 def test_what_is_just_acknowledged_is_not_in_flight():
     session = adopt(Host(), kernel_session(), [record(75, bytes(10), ACKED)], SECOND)
     assert not session.target.flight and session.rto_at == NEVER
+    assert not session.online.queue
 
 
 def test_one_piece_is_not_cut():
