@@ -116,9 +116,11 @@ def test_what_is_known_behind_a_request_that_needed_nothing():
     assert describe(session).known == KNOWN_IRS | KNOWN_NEED | KNOWN_SENT | KNOWN_OVERLAP
 
 
-def test_the_largest_windows():
+def test_the_windows_as_they_are_and_the_largest():
     session = opened()
-    assert describe(session).ssthresh == 1 << 30
+    session.target.ssthresh = 5000
+    kernel = describe(session)
+    assert (kernel.cwnd, kernel.ssthresh) == (session.target.cwnd, 5000)
     session.target.cwnd = session.target.ssthresh = 1 << 31
     kernel = describe(session)
     assert (kernel.cwnd, kernel.ssthresh) == (1 << 30, 1 << 30)

@@ -78,6 +78,17 @@ def test_a_reopened_connection_does_not():
     assert port_of(bench.table.outbox[-1].session) == 10_003
 
 
+def test_the_round_trip_to_the_client_begins_with_its_syn():
+    """Whatever the clock stood at."""
+    bench = Bench()
+    bench.now_ns = 10 * SECOND
+    bench.client(SYN)
+    bench.now_ns += 7
+    bench.client(ACK, 1, 1)
+    (session,) = bench.table.by_target.values()
+    assert session.online.rtt_ns == 7
+
+
 def test_one_that_is_kept_does_not_keep_the_others():
     bench = Bench()
     busy, calm = bench.open(1), bench.open(2)
