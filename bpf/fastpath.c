@@ -16,8 +16,11 @@
 
 #include "fastpath.h"
 
-/* Words of 64 sessions without anything pending that one step passes over. */
+/* Words of 64 sessions without anything pending that one step passes over; of a sweep, slots
+ * that are not the kernel's.
+ */
 #define PYCOPY_EMPTY_WORDS 64
+#define PYCOPY_EMPTY_SLOTS 64
 
 /* Where each of the two kinds of passes is. */
 BPF_ARRAY(cursors, u32, 2);
@@ -30,6 +33,28 @@ static __always_inline void pycopy_call_attention(const struct pycopy_flow *flow
 	pycopy_ring_output(PYCOPY_MAP(PYCOPY_MAP_ATTENTION), &attention, sizeof(attention), 0);
 }
 
+/* pycopy_next_slot() of a sweep: whatever session the kernel has. */
+static __always_inline u32 pycopy_next_kept(u32 *at)
+{
+	u32 slot = *at;
+
+#pragma clang loop unroll(disable)
+	for (u64 i = 0; i < PYCOPY_EMPTY_SLOTS; i++) {
+		struct pycopy_session *s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &slot);
+
+		PYCOPY_PIN(i);
+		if (!s)
+			break;
+		if (s->owner == PYCOPY_KERNEL || s->owner == PYCOPY_LEAVING) {
+			*at = slot + 1;
+			return slot;
+		}
+		slot++;
+	}
+	*at = slot;
+	return PYCOPY_NO_SLOT;
+}
+
 /* The next slot from *at on to look at, or PYCOPY_NO_SLOT: none within this step, and
  * *at says where the next one goes on.
  */
@@ -39,10 +64,8 @@ static __always_inline u32 pycopy_next_slot(u32 *at, int all)
 	u64 bits, low, *pending;
 	u32 bit = 0;
 
-	if (all) {
-		*at = slot + 1;
-		return slot;
-	}
+	if (all)
+		return pycopy_next_kept(at);
 #pragma clang loop unroll(disable)
 	for (u64 i = 0; i < PYCOPY_EMPTY_WORDS; i++) {
 		PYCOPY_PIN(i);
@@ -112,16 +135,14 @@ static __always_inline u16 pycopy_needs(const struct pycopy_session *s,
 	return PYCOPY_LEFT_REASONS;
 }
 
-/* TIME_WAIT is over: nothing of the session is left. */
+/* TIME_WAIT is over, unless another CPU's packet has ended it before. */
 static __always_inline void pycopy_expire(struct pycopy_session *s, struct pycopy_work *work)
 {
 	u32 slot = work->flow.slot;
 
 	work->key = s->target;
-	bpf_spin_lock(&s->lock);
-	s->owner = PYCOPY_FREE;
-	s->generation++;
-	bpf_spin_unlock(&s->lock);
+	if (!pycopy_free_lingering(s, &work->flow))
+		return;
 	pycopy_delete(PYCOPY_MAP_TARGETS, &work->key);
 	pycopy_map_push(PYCOPY_MAP(PYCOPY_MAP_SLOTS), &slot, 0);
 }
@@ -140,7 +161,7 @@ static __always_inline int pycopy_expire_oldest(struct pycopy_work *work,
 	work->flow.slot = oldest.slot;
 	work->flow.generation = oldest.generation;
 	s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &work->flow.slot);
-	if (s && pycopy_is_ours(s, &work->flow) && s->state == PYCOPY_TIME_WAIT)
+	if (s)
 		pycopy_expire(s, work);
 	return 1;
 }

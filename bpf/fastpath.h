@@ -129,6 +129,24 @@ static __always_inline long pycopy_send_clone(PYCOPY_CTX *ctx, struct pycopy_wor
 	return pycopy_clone_as(ctx, work, key, hop, config, 40, tcp_header_bytes, tcp_bytes);
 }
 
+/* The session is over and only lingered: nothing of it is left but the slot, which is the
+ * caller's to push.  Zero: it is not so any more.
+ */
+static __always_inline int pycopy_free_lingering(struct pycopy_session *s,
+						 const struct pycopy_flow *flow)
+{
+	int gone = 0;
+
+	bpf_spin_lock(&s->lock);
+	if (pycopy_is_ours(s, flow) && s->state == PYCOPY_TIME_WAIT) {
+		s->owner = PYCOPY_FREE;
+		s->generation++;
+		gone = 1;
+	}
+	bpf_spin_unlock(&s->lock);
+	return gone;
+}
+
 /* Who had this connection to the target before is over, and only waits for what may come
  * late: it gives way (the client's port is used again).  Zero: the connection is `flow`'s.
  */
@@ -138,22 +156,12 @@ static __always_inline long pycopy_take_over(struct pycopy_key *key,
 	struct pycopy_flow *taken = pycopy_lookup(PYCOPY_MAP_TARGETS, key);
 	struct pycopy_session *s;
 	struct pycopy_flow old;
-	int gone = 0;
 
 	if (!taken || taken->slot == PYCOPY_NO_SLOT)
 		return -1;
 	old = *taken;
 	s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &old.slot);
-	if (!s)
-		return -1;
-	bpf_spin_lock(&s->lock);
-	if (pycopy_is_ours(s, &old) && s->state == PYCOPY_TIME_WAIT) {
-		s->owner = PYCOPY_FREE;
-		s->generation++;
-		gone = 1;
-	}
-	bpf_spin_unlock(&s->lock);
-	if (!gone)
+	if (!s || !pycopy_free_lingering(s, &old))
 		return -1;
 	pycopy_map_push(PYCOPY_MAP(PYCOPY_MAP_SLOTS), &old.slot, 0);
 	return pycopy_update(PYCOPY_MAP_TARGETS, key, flow, 0);

@@ -60,7 +60,11 @@ class Answers(Protocol):
 
     def on_hop_change(self) -> None: ...
 
-    def watch(self) -> None: ...
+    def forget_released(self) -> None:
+        """Once a second."""
+
+    def watch(self) -> None:
+        """Devices have come or gone."""
 
     def close(self) -> None: ...
 
@@ -141,13 +145,13 @@ class OwnAnswers:
     def on_timer(self, now_ns: int) -> None:
         """Nothing here has a time of its own."""
 
-    def watch(self) -> None:
-        """Once a second: devices come and go while we run."""
+    def forget_released(self) -> None:
         assert self._intercept is not None
         self._intercept.forget_released()
-        for tap in self.taps:
-            for ifname in tap.lose_dead():
-                say(f"{ifname} is gone; responses are awaited on the other devices")
+
+    def watch(self) -> None:
+        assert self._intercept is not None
+        self._intercept.lose_dead()
         try:
             self._cover(find_devices([]))
         except PycopyError as error:

@@ -270,10 +270,13 @@ class ChannelAnswers:
         if now_ns >= self._look_at:
             self._judge()
 
-    def watch(self) -> None:
-        """Once a second: devices come and go; connections say themselves when they change."""
+    def forget_released(self) -> None:
         if self._intake is not None and self._fastpath is not None:
             self._fastpath.kernel.forget_released()
+
+    def watch(self) -> None:
+        """Connections say themselves when they change."""
+        if self._intake is not None:
             self._intake.watch()
 
     def close(self) -> None:

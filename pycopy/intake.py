@@ -47,10 +47,8 @@ class Intake:
             self._loop.add(tap.ring.fileno(), READ, partial(self._on_ring, tap))
 
     def watch(self) -> None:
-        """Once a second: devices come and go while we run."""
-        for tap in self.taps:
-            for ifname in tap.lose_dead():
-                say(f"{ifname} is gone; responses are awaited on the other devices")
+        """Devices have come or gone."""
+        self._programs.lose_dead()
         try:
             self.cover()
         except PycopyError as error:

@@ -134,6 +134,8 @@ class NextHops:
         self._hops: dict[bytes, Hop] = {}
         self._neighbours: dict[bytes, _Neighbour] = {}
         self._looked_ns = 0
+        #: How often anything but a neighbour has changed: devices, addresses, routes.
+        self.changes = 0
         self.deadline_ns = NEVER_NS
 
     def fileno(self) -> int:
@@ -161,13 +163,12 @@ class NextHops:
         try:
             for _ in range(_EVENTS_PER_CALL):
                 data = self._events.recv(1 << 16)
-                changed = changed or any(
-                    self._concerns(kind, data[offset : offset + length])
-                    for kind, offset, length in rt.messages(data)
-                )
+                for kind, offset, length in rt.messages(data):
+                    changed |= self._concerns(kind, data[offset : offset + length])
         except BlockingIOError:
             pass
         except OSError:  # ENOBUFS: events were lost, so anything may have changed
+            self.changes += 1
             changed = True
         if changed:
             now_ns = time.monotonic_ns()
@@ -208,6 +209,7 @@ class NextHops:
         # Links, addresses, routes and rules change seldom: look. Neighbours change all the
         # time, so theirs must name one of ours; a chance match costs one look.
         if kind not in (rt.RTM_NEWNEIGH, rt.RTM_DELNEIGH):
+            self.changes += 1
             return True
         ifindex = _NDMSG_IFINDEX(message, 20)[0]
         return any(

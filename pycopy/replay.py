@@ -41,8 +41,11 @@ BATCH = 256
 #: Shortest time between two turns of the loop: what arrives meanwhile is one batch, which
 #: saves a wake-up per segment. It bounds what batching adds to a copy's delay.
 COALESCE_NS = 300_000
-#: How often the kernel's counters, the interfaces and our own memory are looked at.
+#: How often the kernel's counters and our own memory are looked at, and the interfaces if the
+#: kernel has told of a change.
 HOUSEKEEPING_NS = SECOND
+#: How often the interfaces are looked at all the same.
+LOOK_NS = 10 * SECOND
 #: How long a clean end waits for what is held and in flight.
 DRAIN_NS = 5 * SECOND
 #: How often it looks whether sessions are still busy: that reads them all.
@@ -81,6 +84,8 @@ class Replay:
             else OwnAnswers(config, self._loop, self._hops, self._targets, self._on_response_ring)
         )  # fmt: skip
         self._housekeeping_at = 0
+        self._look_at = 0
+        self._changes_seen = 0
         self._woken_ns = 0
         self._draining = False
         self._stopping = False
@@ -324,15 +329,11 @@ class Replay:
         self._refresh_counters()
         self._notice_silence()
         if not self._draining:
-            for tap in self._captures:
-                for ifname in tap.lose_dead():
-                    say(f"pycopy: {ifname} is gone; nothing is captured there any more")
-            if not any(tap.attachments for tap in self._captures):
-                raise PycopyError(
-                    "every interface that was captured is gone",
-                    "start pycopy again once it is back",
-                )
-            self._watch_host()
+            self._answers.forget_released()
+            now_ns, changes = time.monotonic_ns(), self._hops.changes
+            if changes != self._changes_seen or now_ns >= self._look_at:
+                self._look_at, self._changes_seen = now_ns + LOOK_NS, changes
+                self._watch_host()
         limit_mb = self.config.memory_mb
         self._out_of_memory = bool(limit_mb) and live.rss_bytes() > limit_mb << 20
         if self._out_of_memory:
@@ -354,6 +355,14 @@ class Replay:
 
     def _watch_host(self) -> None:
         """Addresses and devices come and go while we run."""
+        for tap in self._captures:
+            for ifname in tap.lose_dead():
+                say(f"pycopy: {ifname} is gone; nothing is captured there any more")
+        if not any(tap.attachments for tap in self._captures):
+            raise PycopyError(
+                "every interface that was captured is gone",
+                "start pycopy again once it is back",
+            )
         for tap in self._captures:
             tap.name_local_addresses()
         self._answers.watch()

@@ -25,14 +25,9 @@ from . import maps as maps_module
 STEPS = 256
 CALLS = 64
 SWEEP_CALLS = 4
-#: What a packet may grow by while the timer makes a frame of it.
-ROOM_BYTES = 1 << 14
 
 #: What the timer makes its frames of: a packet of either family, long enough for its headers.
 _MATERIAL = bytes(12) + b"\x08\x00" + bytes(114)
-
-#: Offset of ``mark`` in struct __sk_buff (linux/bpf.h), which is given up to there.
-_MARK = struct.Struct("=8xI")
 
 #: Longest chain of records that one session can have in the log and not acknowledged.
 _CHAIN_MAX = 1 << 16
@@ -50,6 +45,7 @@ class KernelSessions:
         self.maps = Maps(services, max_sessions, total_log_bytes)
         self._by_name = self.maps.by_name
         self._module: loader.Module | None = None
+        self._timer: link.RepeatedRun | None = None
         self._attention: Ring | None = None
         self._config = list(abi.FAST_CONFIG.unpack(bytes(abi.FAST_CONFIG.size)))
         #: Slots of sessions that user space has fetched, by the key towards the target.
@@ -76,10 +72,9 @@ class KernelSessions:
             programs=("pycopy_timer", "pycopy_control"),
             map_fds=self.maps.fds,
         )
+        self._timer = link.RepeatedRun(self._module.program_fds["pycopy_timer"], _MATERIAL, STEPS)
         self._attention = Ring(self._by_name["attention"].fd, maps_module.ATTENTION_BYTES)
-        slots = self._by_name["slots"].fd
-        for slot in reversed(range(self.maps.slots)):
-            link.stack_push(slots, slot.to_bytes(4, "little"))
+        link.stack_push(self._by_name["slots"].fd, reversed(range(self.maps.slots)))
 
     # -- what the programs are told -------------------------------------------------------
 
@@ -327,13 +322,9 @@ class KernelSessions:
 
     def _run_timer(self, mark: int, calls: int) -> int:
         """Some steps of a pass; ``mark`` says of which, what is returned how it goes on."""
-        assert self._module is not None
-        program = self._module.program_fds["pycopy_timer"]
+        assert self._timer is not None
         for _ in range(calls):
-            run = link.test_run(
-                program, _MATERIAL, repeat=STEPS, context=_MARK.pack(mark), room_bytes=ROOM_BYTES
-            )
-            mark = run.retval
+            mark = self._timer.run(mark)
             if mark & ~abi.TIMER_PENDING == abi.TIMER_DONE:
                 break
         return mark

@@ -17,6 +17,7 @@ from pycopy.attach import Attachment, Hook
 from pycopy.devices import Device, local_addresses
 from pycopy.fastpath.kernel import KernelSessions
 from pycopy.fastpath.maps import Maps
+from pycopy.messages import say
 from pycopy.pcapfilter import compile_filter
 from pycopy.ring import Ring
 
@@ -180,6 +181,12 @@ class Everywhere:
             if not tap.on(device):
                 tap.attach(device.name)
         return new
+
+    def lose_dead(self) -> None:
+        """Forget devices that are gone, and say so."""
+        for tap in self.taps:
+            for ifname in tap.lose_dead():
+                say(f"{ifname} is gone; responses are awaited on the other devices")
 
     def _make(self, l2_bytes: int) -> Tap:
         raise NotImplementedError

@@ -163,7 +163,7 @@ class Bench:
         while (slot := link.stack_pop(stack, 4)) is not None:
             slots.append(slot)
         for slot in reversed(slots):
-            link.stack_push(stack, slot)
+            link.stack_push(stack, [int.from_bytes(slot, "little")])
         assert len(set(slots)) == len(slots), "a slot is free twice"
         return len(slots)
 

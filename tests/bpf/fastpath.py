@@ -108,7 +108,7 @@ class Programs:
 
     def add_slots(self, slots):
         for slot in slots:
-            link.stack_push(self.kernel.maps.by_name["slots"].fd, slot)
+            link.stack_push(self.kernel.maps.by_name["slots"].fd, [int.from_bytes(slot, "little")])
 
     def close(self):
         for ring in (self.captured, self.responses):

@@ -231,19 +231,20 @@ def test_a_pass_over_few_sessions_is_one_call(bench, monkeypatch):
     connection.ask(b"in flight")
     calls = []
 
-    def counted(*args, **options):
+    def counted(*args):
         calls.append(args)
-        return test_run(*args, **options)
+        return run(*args)
 
-    test_run = link.test_run
-    monkeypatch.setattr(link, "test_run", counted)
+    run = link.RepeatedRun.run
+    monkeypatch.setattr(link.RepeatedRun, "run", counted)
     bench.tick()
     assert len(calls) == 1
 
 
 def test_a_pass_that_takes_more_than_a_turn_goes_on_in_the_next(bench, monkeypatch):
     """Or the last of many sessions would never be looked at."""
-    monkeypatch.setattr(kernel_module, "STEPS", 2)
+    timer = bench.kernel._module.program_fds["pycopy_timer"]
+    bench.kernel._timer = link.RepeatedRun(timer, kernel_module._MATERIAL, 2)
     monkeypatch.setattr(kernel_module, "CALLS", 1)
     connections = [bench.connection(4) for _ in range(12)]
     for connection in connections:
