@@ -88,9 +88,9 @@ class Intercept:
         config = self._config
         devices = find_devices(config.interfaces)
         own = local_addresses()
-        self._place, why = placement.choose(
-            config.placement, config.filter, placement.listeners(), own
-        )
+        #: By which listeners and addresses the placement was chosen.
+        self._judged = placement.listeners(), own
+        self._place, why = placement.choose(config.placement, config.filter, *self._judged)
         # Before the programs: a busy port is known at once, and nothing is attached yet.
         self._server = ChannelServer(
             self._loop,
@@ -150,9 +150,11 @@ class Intercept:
         config = self._config
         if config.placement != "auto" or self._place is Placement.TARGET:
             return
-        self._place, why = placement.choose(
-            "auto", config.filter, placement.listeners(), local_addresses()
-        )
+        here = placement.listeners(), local_addresses()
+        if here == self._judged:
+            return
+        self._judged = here
+        self._place, why = placement.choose("auto", config.filter, *here)
         if self._place is not Placement.TARGET:
             return
         _log(f"this is the target now: {why}")
