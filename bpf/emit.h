@@ -22,12 +22,11 @@
 
 #define PYCOPY_SUM_BYTES 512 /* bpf_csum_diff() takes no more before Linux 6.13 */
 
-/* Two NOPs, then timestamps: the one layout that real stacks use (RFC 7323 A). */
-#define PYCOPY_NOP_NOP_TIMESTAMPS  htonl(0x0101080a)
 #define PYCOPY_SACK_PERM_TIMESTAMPS htonl(0x0402080a)
 #define PYCOPY_NOP_NOP_SACK_PERM   htonl(0x01010402)
 
 struct pycopy_work {
+	__u64 now_ns; /* read once for each packet: the clock is a large part of what it costs */
 	struct pycopy_reply reply;
 	struct pycopy_flow flow;
 	struct pycopy_key key;
@@ -46,9 +45,10 @@ static __always_inline struct pycopy_work *pycopy_work_of_cpu(void)
 	return pycopy_lookup(PYCOPY_MAP_WORK, &zero);
 }
 
-static __always_inline u32 pycopy_tsval(const struct pycopy_fast_config *config)
+static __always_inline u32 pycopy_tsval(const struct pycopy_work *work,
+					const struct pycopy_fast_config *config)
 {
-	return pycopy_now(config) / 1000000 + config->timestamp_origin;
+	return work->now_ns / 1000000 + config->timestamp_origin;
 }
 
 /* How much room pycopy_put_syn_options() needs. */
@@ -132,7 +132,7 @@ static __always_inline long pycopy_clone_as(PYCOPY_CTX *ctx, struct pycopy_work 
 	const u32 addresses_bytes = ip_bytes == 20 ? 8 : 32;
 	u64 header_bytes = tcp_header_bytes;
 	u8 *saved = work->saved, *fresh = work->fresh;
-	u32 tsval = pycopy_tsval(config), pseudo, rest;
+	u32 tsval = pycopy_tsval(work, config), pseudo, rest;
 	u16 vlan_tag = 0, vlan_protocol = 0, id;
 	long failed;
 
@@ -205,7 +205,7 @@ static __always_inline long pycopy_become(PYCOPY_CTX *ctx, struct pycopy_work *w
 		      PYCOPY_IP_TCP, header_bytes + payload, 0);
 	pycopy_put_tcp(fresh + tcp_at, key, &work->reply, header_bytes);
 	if (timestamps)
-		pycopy_put_timestamps(fresh + tcp_at + 20, &work->reply, pycopy_tsval(config));
+		pycopy_put_timestamps(fresh + tcp_at + 20, &work->reply, pycopy_tsval(work, config));
 	pseudo = pycopy_sum(fresh + addresses_at, ip_bytes == 20 ? 8 : 32,
 			    htons(header_bytes + payload) + htons(PYCOPY_IP_TCP));
 	pseudo = pycopy_fold(pseudo);

@@ -93,12 +93,6 @@ static __always_inline u32 pycopy_next_slot(u32 *at, int all)
 	return PYCOPY_NO_SLOT;
 }
 
-/* Another CPU's packet may have come after `now_ns` was read. */
-static __always_inline u64 pycopy_since(u64 then_ns, u64 now_ns)
-{
-	return now_ns > then_ns ? now_ns - then_ns : 0;
-}
-
 /* Why the session needs user space now, or a number that is no reason.  The long limits
  * only where all sessions are looked at: as session.on_sweep().
  */
@@ -148,14 +142,13 @@ static __always_inline void pycopy_expire(struct pycopy_session *s, struct pycop
 }
 
 /* The one that lingers longest, if it is time: true if there may be more. */
-static __always_inline int pycopy_expire_oldest(struct pycopy_work *work,
-						const struct pycopy_fast_config *config)
+static __always_inline int pycopy_expire_oldest(struct pycopy_work *work)
 {
 	struct pycopy_lingering oldest;
 	struct pycopy_session *s;
 
 	if (pycopy_map_peek(PYCOPY_MAP(PYCOPY_MAP_LINGERING), &oldest) ||
-	    pycopy_now(config) < oldest.until_ns ||
+	    work->now_ns < oldest.until_ns ||
 	    pycopy_map_pop(PYCOPY_MAP(PYCOPY_MAP_LINGERING), &oldest))
 		return 0;
 	work->flow.slot = oldest.slot;
@@ -196,7 +189,7 @@ static __always_inline u32 pycopy_look(struct __sk_buff *ctx, u32 slot, struct p
 					struct pycopy_fast_config *config, u64 *counts, int all)
 {
 	struct pycopy_session *s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &slot);
-	u64 now_ns = pycopy_now(config);
+	u64 now_ns = work->now_ns;
 	struct pycopy_hop *hop;
 	u32 service;
 	int left = 0;
@@ -254,7 +247,8 @@ int pycopy_timer(struct __sk_buff *ctx)
 		*at = 0;
 		mark += PYCOPY_TIMER_GO_ON - PYCOPY_TIMER_BEGIN;
 	}
-	if (pycopy_expire_oldest(work, config)) {
+	work->now_ns = pycopy_now(config);
+	if (pycopy_expire_oldest(work)) {
 		ctx->mark = mark | seen;
 		return mark | seen;
 	}

@@ -30,6 +30,12 @@ enum pycopy_kept {
 /* Ports tried for one connection. */
 #define PYCOPY_PORT_TRIES 8
 
+/* Another CPU's packet may have come after `now_ns` was read. */
+static __always_inline u64 pycopy_since(u64 then_ns, u64 now_ns)
+{
+	return now_ns > then_ns ? now_ns - then_ns : 0;
+}
+
 static __always_inline int pycopy_is_ours(const struct pycopy_session *s,
 					  const struct pycopy_flow *flow)
 {
@@ -112,7 +118,7 @@ static __always_inline int pycopy_has_plain_headers(PYCOPY_CTX *ctx, struct pyco
 	if (tcp_header_bytes == 20)
 		return !(s->options & PYCOPY_OPT_TIMESTAMPS) || s->state == PYCOPY_SYN_SENT;
 	if (tcp_header_bytes != 32 || !(segment->options & PYCOPY_OPT_TIMESTAMPS) ||
-	    bpf_skb_load_bytes(ctx, packet->tcp_at + 20, &layout, sizeof(layout)))
+	    pycopy_read(ctx, packet->tcp_at + 20, &layout, sizeof(layout)))
 		return 0;
 	return layout == PYCOPY_NOP_NOP_TIMESTAMPS;
 }
@@ -176,7 +182,7 @@ static __always_inline int pycopy_open(PYCOPY_CTX *ctx, struct pycopy_packet *pa
 	struct pycopy_hop *hop = pycopy_lookup(PYCOPY_MAP_HOPS, &service);
 	struct pycopy_key *key = &work->key;
 	struct pycopy_session *s;
-	u64 now_ns = pycopy_now(config), *next_port;
+	u64 now_ns = work->now_ns, *next_port;
 	u32 slot, mss = segment->mss ? segment->mss : 0xffff;
 	long failed = -1;
 
@@ -373,13 +379,14 @@ static __always_inline int pycopy_keep_client(PYCOPY_CTX *ctx, struct pycopy_pac
 	struct pycopy_fast_config *config = pycopy_config();
 	u32 tcp_header_bytes, service, boundary = 0;
 	struct pycopy_work *work = pycopy_work_of_cpu();
-	u64 *counts = pycopy_fast_counts(), at = 0, before, now_ns;
+	u64 *counts = pycopy_fast_counts(), at = 0, before;
 	struct pycopy_session *s = 0;
 	struct pycopy_hop *hop;
 	int verdict, kept;
 
 	if (!config || !work || !counts)
 		return PYCOPY_TO_USER;
+	work->now_ns = pycopy_now(config);
 	if (pycopy_find_client(ctx, packet, segment, work, config, counts, &s, &kept) || !s)
 		return kept;
 	tcp_header_bytes = packet->payload_at - packet->tcp_at;
@@ -395,7 +402,7 @@ static __always_inline int pycopy_keep_client(PYCOPY_CTX *ctx, struct pycopy_pac
 	if (!(s->known & PYCOPY_KNOWN_NEED) || (s32)(segment->ack - s->online_need) > 0)
 		boundary = PYCOPY_LOG_BOUNDARY;
 	if (segment->seg_len || segment->tcp_flags & PYCOPY_TCP_FIN) {
-		segment->time_ns = pycopy_now(config);
+		segment->time_ns = work->now_ns;
 		at = pycopy_log_append(ctx, segment, packet->payload_at, &work->flow, before,
 				       boundary);
 		if (!at)
@@ -403,14 +410,13 @@ static __always_inline int pycopy_keep_client(PYCOPY_CTX *ctx, struct pycopy_pac
 		if (s->held)
 			pycopy_log_link(before, at, &work->flow, segment->seq);
 	}
-	now_ns = pycopy_now(config);
 	bpf_spin_lock(&s->lock);
 	if (!pycopy_is_ours(s, &work->flow)) {
 		verdict = -1;
 	} else if (s->log_last != before) {
 		verdict = pycopy_leave(s, PYCOPY_LEFT_ORDER); /* two CPUs at once */
 	} else {
-		verdict = pycopy_client_arrives(s, config, segment, at, now_ns);
+		verdict = pycopy_client_arrives(s, config, segment, at, work->now_ns);
 		pycopy_reply_of(s, segment->seq, segment->tcp_flags & passed_on, &work->reply);
 		work->key = s->target;
 	}
@@ -467,7 +473,7 @@ static __always_inline int pycopy_release_one(PYCOPY_CTX *ctx, struct pycopy_ses
 					      const struct pycopy_fast_config *config, u64 *counts)
 {
 	const u8 last_only = PYCOPY_TCP_FIN | PYCOPY_TCP_PSH;
-	u64 at = s->held_at, now_ns = pycopy_now(config), offset;
+	u64 at = s->held_at, offset;
 	struct pycopy_log_record *record = pycopy_log_find(at);
 	u32 from = 0, bytes = 0, is_last = 0;
 	int verdict = PYCOPY_HOLD, more = 0;
@@ -478,7 +484,7 @@ static __always_inline int pycopy_release_one(PYCOPY_CTX *ctx, struct pycopy_ses
 	work->record = *record;
 	bpf_spin_lock(&s->lock);
 	if (pycopy_is_ours(s, &work->flow) && s->held && s->held_at == at) {
-		verdict = pycopy_release(s, config, &work->record, now_ns, &from, &bytes);
+		verdict = pycopy_release(s, config, &work->record, work->now_ns, &from, &bytes);
 		is_last = !s->held_sent;
 		more = s->held;
 		pycopy_reply_of(s, work->record.seq + from,
@@ -492,8 +498,8 @@ static __always_inline int pycopy_release_one(PYCOPY_CTX *ctx, struct pycopy_ses
 		return PYCOPY_TO_USER;
 	if (is_last) {
 		counts[PYCOPY_FAST_RELEASED]++;
-		pycopy_count_hold(counts, now_ns - work->record.time_ns);
-		record->time_ns = now_ns;
+		pycopy_count_hold(counts, pycopy_since(work->record.time_ns, work->now_ns));
+		record->time_ns = work->now_ns;
 	}
 	offset = from;
 	PYCOPY_PIN(offset);
@@ -515,7 +521,6 @@ static __always_inline int pycopy_pump(PYCOPY_CTX *ctx, struct pycopy_session *s
 				       struct pycopy_work *work, const struct pycopy_hop *hop,
 				       const struct pycopy_fast_config *config, u64 *counts)
 {
-	u64 now_ns = pycopy_now(config);
 	int due, kept;
 
 #pragma clang loop unroll(disable)
@@ -530,7 +535,7 @@ static __always_inline int pycopy_pump(PYCOPY_CTX *ctx, struct pycopy_session *s
 			break;
 	}
 	bpf_spin_lock(&s->lock);
-	due = pycopy_is_ours(s, &work->flow) && pycopy_acknowledge(s, now_ns);
+	due = pycopy_is_ours(s, &work->flow) && pycopy_acknowledge(s, work->now_ns);
 	pycopy_reply_of(s, s->snd_nxt, 0, &work->reply);
 	work->key = s->target;
 	bpf_spin_unlock(&s->lock);
@@ -572,7 +577,7 @@ static __always_inline int pycopy_keep_target(PYCOPY_CTX *ctx, struct pycopy_pac
 	struct pycopy_fast_config *config = pycopy_config();
 	u32 service;
 	struct pycopy_work *work = pycopy_work_of_cpu();
-	u64 *counts = pycopy_fast_counts(), now_ns;
+	u64 *counts = pycopy_fast_counts();
 	struct pycopy_flow *flow;
 	struct pycopy_session *s;
 	struct pycopy_hop *hop;
@@ -594,11 +599,11 @@ static __always_inline int pycopy_keep_target(PYCOPY_CTX *ctx, struct pycopy_pac
 	/* Where the packet's checksum is partial, it says where the TCP header of ours is to be. */
 	if (packet->tcp_at != PYCOPY_L2_BYTES + (packet->family == 4 ? 20 : 40))
 		return pycopy_expel(s, &work->flow, counts, PYCOPY_LEFT_OPTIONS);
-	now_ns = pycopy_now(config);
+	work->now_ns = pycopy_now(config);
 	bpf_spin_lock(&s->lock);
 	if (pycopy_is_ours(s, &work->flow)) {
 		was = s->state;
-		verdict = pycopy_target_arrives(s, config, segment, now_ns);
+		verdict = pycopy_target_arrives(s, config, segment, work->now_ns);
 		is = s->state;
 	}
 	bpf_spin_unlock(&s->lock);

@@ -76,6 +76,9 @@
 #define PYCOPY_TCP_OPTION_SACK_PERM  4
 #define PYCOPY_TCP_OPTION_SACK	     5
 #define PYCOPY_TCP_OPTION_TIMESTAMPS 8
+/* Two NOPs, then timestamps: the one layout that real stacks use (RFC 7323 A). */
+#define PYCOPY_NOP_NOP_TIMESTAMPS    htonl(0x0101080a)
+#define PYCOPY_TIMESTAMPS_BYTES	     12
 #define PYCOPY_WSCALE_MAX	     14 /* RFC 7323 2.3: use 14 for anything larger */
 
 struct pycopy_vlan {
@@ -377,8 +380,19 @@ static __always_inline int pycopy_parse_options(PYCOPY_CTX *ctx, u32 at, u64 byt
 	PYCOPY_PIN(bytes);
 	if (bytes < 4 || bytes > PYCOPY_TCP_OPTIONS_BYTES)
 		return PYCOPY_PARSED;
-	if (PYCOPY_LOAD_BYTES(ctx, at, scratch->options, bytes))
+	/* What nearly every segment has, and nothing else. */
+	if (bytes == PYCOPY_TIMESTAMPS_BYTES) {
+		if (pycopy_read(ctx, at, scratch->options, PYCOPY_TIMESTAMPS_BYTES))
+			return PYCOPY_TRUNCATED;
+		if (pycopy_get32(scratch->options) == ntohl(PYCOPY_NOP_NOP_TIMESTAMPS)) {
+			segment->options |= PYCOPY_OPT_TIMESTAMPS;
+			segment->tsval = pycopy_get32(scratch->options + 4);
+			segment->tsecr = pycopy_get32(scratch->options + 8);
+			return PYCOPY_PARSED;
+		}
+	} else if (PYCOPY_LOAD_BYTES(ctx, at, scratch->options, bytes)) {
 		return PYCOPY_TRUNCATED;
+	}
 	scratch->pos = 0;
 #pragma clang loop unroll(disable)
 	for (u64 i = 0; i < PYCOPY_TCP_OPTIONS_BYTES; i++) {

@@ -16,7 +16,6 @@
 /* RFC 9293 3.7.1: what a SYN without the option means. */
 #define PYCOPY_DEFAULT_MSS(family) ((family) == 4 ? 536 : 1220)
 #define PYCOPY_MIN_MSS		   88 /* Linux's TCP_MIN_MSS, as in arrival.py */
-#define PYCOPY_TIMESTAMPS_BYTES	   12
 #define PYCOPY_INITIAL_WINDOW	   10 /* RFC 6928 2, in segments */
 #define PYCOPY_NO_SSTHRESH	   (1U << 30)
 
