@@ -245,6 +245,7 @@ static __always_inline int pycopy_open(PYCOPY_CTX *ctx, struct pycopy_packet *pa
 	s->mss = s->smss = mss;
 	s->left = 0;
 	s->known = PYCOPY_KNOWN_TIME;
+	s->stretch = 0;
 	s->iss = s->snd_una = segment->seq;
 	s->online_snd_nxt = s->snd_nxt = s->timed_end = segment->seq + 1;
 	s->online_irs = s->online_rcv_nxt = s->online_need = s->sent_need = s->asked = 0;

@@ -211,6 +211,9 @@ enum pycopy_left {
 #define PYCOPY_KNOWN_SENT 0x10 /* sent_need: something was sent */
 #define PYCOPY_KNOWN_OVERLAP 0x20 /* its requests do not wait for answers, as far as we can tell */
 
+/* A deadline long past (views.AT_ONCE): that one is not the timer's. */
+#define PYCOPY_AT_ONCE 1
+
 /* Client segments that one session holds back at most: a list in the log. */
 #define PYCOPY_HELD_MAX 256
 
@@ -228,7 +231,8 @@ struct pycopy_session {
 	__u16 mss;  /* option of our SYN; then the smaller of both sides' */
 	__u16 smss; /* the same less the options of every segment */
 	__u16 left; /* enum pycopy_left, when not the kernel's any more */
-	__u32 known;
+	__u16 known;
+	__s16 stretch; /* receiving.py: full-sized segments, or a pause */
 	__u32 iss; /* the client's, kept towards the target */
 	__u32 online_irs;
 	__u32 online_snd_nxt; /* next byte expected of the client, sent or held what is before */
@@ -257,7 +261,7 @@ struct pycopy_session {
 	__u64 rttvar_ns;
 	__u64 rto_ns;
 	__u64 rto_at; /* 0: not running; in TIME_WAIT: when it is over */
-	__u64 ack_at; /* 0: nothing to acknowledge */
+	__u64 ack_at; /* 0: nothing to acknowledge; PYCOPY_AT_ONCE */
 	__u64 progress_ns;
 	__u64 client_ns; /* when the client last spoke */
 	__u64 log_last;	 /* where the client's last segment is in the log, 0: nowhere */

@@ -18,6 +18,8 @@
 #define PYCOPY_MIN_MSS		   88 /* Linux's TCP_MIN_MSS, as in arrival.py */
 #define PYCOPY_INITIAL_WINDOW	   10 /* RFC 6928 2, in segments */
 #define PYCOPY_NO_SSTHRESH	   (1U << 30)
+#define PYCOPY_STRETCH_MAX	   0x7fff /* receiving.py */
+#define PYCOPY_STRETCH_PAUSE	   32
 
 enum pycopy_verdict {
 	PYCOPY_SEND,	  /* pass it on now */
@@ -320,7 +322,7 @@ static __always_inline int pycopy_establish(struct pycopy_session *s,
 	s->snd_wl1 = segment->seq;
 	s->snd_wl2 = segment->ack;
 	s->state = PYCOPY_ESTABLISHED;
-	s->ack_at = now_ns;
+	s->ack_at = PYCOPY_AT_ONCE;
 	return PYCOPY_STEERED;
 }
 
@@ -356,8 +358,29 @@ static __always_inline int pycopy_after_the_end(struct pycopy_session *s,
 						const struct pycopy_segment *segment, u64 now_ns)
 {
 	if (segment->seg_len || segment->tcp_flags & PYCOPY_TCP_FIN)
-		s->ack_at = now_ns;
+		s->ack_at = PYCOPY_AT_ONCE;
 	return PYCOPY_DUPLICATE;
+}
+
+/* receiving.must_ack_now() */
+static __always_inline int pycopy_must_ack_now(struct pycopy_session *s, u32 fin, u32 pushed)
+{
+	u32 unacked = s->rcv_nxt - s->rcv_acked, segments;
+
+	if (fin)
+		return 1;
+	if (unacked < 2 * (u32)s->smss)
+		return 0;
+	segments = (unacked + s->smss - 1) / (s->smss ? s->smss : 1);
+	if (segments > PYCOPY_STRETCH_MAX)
+		segments = PYCOPY_STRETCH_MAX;
+	if (s->stretch < 0)
+		s->stretch++;
+	else if ((s32)segments > s->stretch)
+		s->stretch = segments;
+	else
+		return !pushed;
+	return 1;
 }
 
 /* session.on_target_segment(): STEERED, DUPLICATE or LEAVE.  What it sets free is
@@ -381,7 +404,7 @@ static __always_inline int pycopy_target_arrives(struct pycopy_session *s,
 	if (segment->tcp_flags & PYCOPY_TCP_RST)
 		return pycopy_leave(s, PYCOPY_LEFT_RESET);
 	if (segment->tcp_flags & PYCOPY_TCP_SYN) {
-		s->ack_at = now_ns; /* our ACK of the handshake was lost, or RFC 5961 4 */
+		s->ack_at = PYCOPY_AT_ONCE; /* our ACK of the handshake was lost, or RFC 5961 4 */
 		return PYCOPY_DUPLICATE;
 	}
 	if (segment->sack_blocks)
@@ -416,21 +439,21 @@ static __always_inline int pycopy_target_arrives(struct pycopy_session *s,
 		s->ts_recent = segment->tsval; /* RFC 7323 4.3 */
 	if (end == segment->seq) {
 		if (ahead < 0)
-			s->ack_at = now_ns; /* keep-alive (RFC 9293 3.8.4), or window probe */
+			s->ack_at = PYCOPY_AT_ONCE; /* keep-alive (RFC 9293 3.8.4), or window probe */
 		return PYCOPY_STEERED;
 	}
 	if ((s->state != PYCOPY_ESTABLISHED && s->state != PYCOPY_FIN_WAIT_1 &&
 	     s->state != PYCOPY_FIN_WAIT_2) ||
 	    (s32)(end - s->rcv_nxt) <= 0) {
-		s->ack_at = now_ns; /* repeated: our ACK was lost */
+		s->ack_at = PYCOPY_AT_ONCE; /* repeated: our ACK was lost */
 		return PYCOPY_DUPLICATE;
 	}
 	s->rcv_nxt = end;
 	if (s->known & PYCOPY_KNOWN_SENT && (s32)(s->snd_una - s->asked) < 0)
 		s->said_before = end; /* an answer to those before */
 	s->progress_ns = now_ns;
-	if (fin || s->rcv_nxt - s->rcv_acked >= 2 * (u32)s->smss)
-		s->ack_at = now_ns; /* RFC 5681 4.2 */
+	if (pycopy_must_ack_now(s, fin, segment->tcp_flags & PYCOPY_TCP_PSH))
+		s->ack_at = PYCOPY_AT_ONCE;
 	else if (!s->ack_at)
 		s->ack_at = now_ns + config->delayed_ack_ns;
 	if (fin)
@@ -443,6 +466,9 @@ static __always_inline int pycopy_acknowledge(struct pycopy_session *s, u64 now_
 {
 	if (!s->ack_at || s->ack_at > now_ns)
 		return 0;
+	/* receiving.acknowledge() */
+	if (s->ack_at != PYCOPY_AT_ONCE && s->rcv_nxt - s->rcv_acked >= 2 * (u32)s->smss)
+		s->stretch = -PYCOPY_STRETCH_PAUSE;
 	s->ack_at = 0;
 	s->rcv_acked = s->rcv_nxt;
 	return 1;

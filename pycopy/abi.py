@@ -171,6 +171,7 @@ class KernelSession(NamedTuple):
     smss: int
     left: int
     known: int
+    stretch: int
     iss: int
     online_irs: int
     online_snd_nxt: int
@@ -210,7 +211,7 @@ class KernelSession(NamedTuple):
     target: bytes
 
 
-KERNEL_SESSION = struct.Struct("<II6B5H24I12Q36s36s")
+KERNEL_SESSION = struct.Struct("<II6B6Hh23I12Q36s36s")
 
 #: ``struct pycopy_flow``.
 FLOW = struct.Struct("<II")

@@ -7,13 +7,13 @@ sets free is sent at the end of the session's turn.
 
 from typing import TYPE_CHECKING
 
-from pycopy.abi import ACK, FIN, OPT_TIMESTAMPS, OPT_WSCALE, RST, SYN, Segment
+from pycopy.abi import ACK, FIN, OPT_TIMESTAMPS, OPT_WSCALE, PSH, RST, SYN, Segment
 from pycopy.ledger import Count, ResponseFate
 from pycopy.seq import MASK, diff
 from pycopy.session import losing, receiving, recovery, release
 from pycopy.session.rules import MS
 from pycopy.session.states import FIN_IN_FLIGHT, MAY_RECEIVE, SAID_ALL, Event, Outcome, State
-from pycopy.session.views import NEVER, Target, unwrap
+from pycopy.session.views import AT_ONCE, NEVER, Target, unwrap
 
 if TYPE_CHECKING:  # pragma: no cover
     from pycopy.session.session import Session
@@ -79,7 +79,7 @@ def _establish(session: "Session", seg: Segment, now_ns: int) -> None:
     target.snd_wl1, target.snd_wl2 = 0, target.snd_una
     session.move(Event.SYN_ACK)
     session.host.ledger.counts[Count.ESTABLISHED] += 1
-    session.ack_at = now_ns
+    session.ack_at = AT_ONCE
 
 
 def in_synchronized(session: "Session", seg: Segment, now_ns: int) -> ResponseFate:
@@ -89,19 +89,19 @@ def in_synchronized(session: "Session", seg: Segment, now_ns: int) -> ResponseFa
     if flags & RST:
         return _on_reset(session, seg, pos, now_ns)
     if flags & SYN:
-        session.ack_at = now_ns  # our ACK of the handshake was lost, or RFC 5961 4
+        session.ack_at = AT_ONCE  # our ACK of the handshake was lost, or RFC 5961 4
         return ResponseFate.DUPLICATE
     if not flags & ACK:
         return ResponseFate.UNACCEPTABLE
     if not _on_ack(session, seg, pos, now_ns):
-        session.ack_at = now_ns
+        session.ack_at = AT_ONCE
         return ResponseFate.UNACCEPTABLE
     if pos <= target.rcv_acked and diff(seg.tsval, target.ts_recent) > 0:
         target.ts_recent = seg.tsval  # RFC 7323 4.3; of no use where the option is not
     if seg.seg_len or flags & FIN:
         return _on_payload(session, seg, pos, now_ns)
     if pos < target.rcv_nxt:
-        session.ack_at = now_ns  # keep-alive (RFC 9293 3.8.4) or window probe
+        session.ack_at = AT_ONCE  # keep-alive (RFC 9293 3.8.4) or window probe
     return ResponseFate.STEERED
 
 
@@ -211,7 +211,7 @@ def _measure(session: "Session", seg: Segment, sent_ns: int, repaired: bool, now
 def _on_payload(session: "Session", seg: Segment, pos: int, now_ns: int) -> ResponseFate:
     target = session.target
     if session.state not in MAY_RECEIVE:
-        session.ack_at = now_ns  # the target repeats its FIN: our ACK was lost
+        session.ack_at = AT_ONCE  # the target repeats its FIN: our ACK was lost
         return ResponseFate.DUPLICATE
     end = pos + seg.seg_len
     if seg.tcp_flags & FIN:
@@ -219,8 +219,9 @@ def _on_payload(session: "Session", seg: Segment, pos: int, now_ns: int) -> Resp
         end += 1
     early_before = target.early
     moved = receiving.receive(target, pos, end)
-    if receiving.must_ack_now(target, early_before) or not moved:
-        session.ack_at = now_ns
+    pushed = bool(seg.tcp_flags & PSH)
+    if not moved or receiving.must_ack_now(target, early_before, pushed):
+        session.ack_at = AT_ONCE
     elif session.ack_at == NEVER:
         session.ack_at = now_ns + session.host.rules.delayed_ack_ns
     if not moved:

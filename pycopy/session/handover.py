@@ -146,6 +146,7 @@ def _target(kernel: KernelSession, online: Online) -> Target:
         target.answered = target.rcv_nxt + diff(kernel.answered, kernel.rcv_nxt)
         target.said_before = target.rcv_nxt + diff(kernel.said_before, kernel.rcv_nxt)
         target.asked = _sent_position(kernel, kernel.asked)
+    target.stretch = kernel.stretch
     target.ts_recent = kernel.ts_recent
     target.snd_wnd = kernel.snd_wnd
     target.snd_wl1 = target.rcv_nxt + diff(kernel.snd_wl1, kernel.rcv_nxt)
@@ -244,7 +245,8 @@ def describe(session: Session) -> KernelSession:
         lock=0, generation=0, owner=Owner.KERNEL, state=session.state.value,
         family=session.family, options=target.options, snd_wscale=target.snd_wscale,
         rcv_wscale=target.rcv_wscale, held=0, service=session.service,
-        mss=target.mss, smss=target.smss, left=0, known=known, iss=target.iss,
+        mss=target.mss, smss=target.smss, left=0, known=known,
+        stretch=target.stretch, iss=target.iss,
         online_irs=irs, online_snd_nxt=sent, online_rcv_nxt=client_ack, online_need=need,
         sent_need=need, asked=(target.iss + target.asked) & MASK,
         irs=target.irs, snd_una=sent, snd_nxt=sent, snd_wnd=target.snd_wnd,

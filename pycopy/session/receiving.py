@@ -11,6 +11,10 @@ from pycopy.session.views import NO_POSITION, Ranges, Target
 #: What is received beyond so many gaps is not kept: the target has to repeat it.
 MAX_RANGES = 64
 
+#: Longest stretch, in full-sized segments, and how many are not tried after one was in vain.
+STRETCH_MAX = 0x7FFF
+STRETCH_PAUSE = 32
+
 
 def receive(target: Target, pos: int, end: int) -> bool:
     """Take in positions ``pos`` to ``end`` (exclusive); True if ``rcv_nxt`` moved."""
@@ -49,11 +53,31 @@ def _remember(target: Target, pos: int, end: int) -> None:
         target.early = ((pos, end), *others)
 
 
-def must_ack_now(target: Target, early_before: Ranges) -> bool:
-    """RFC 5681 4.2: at least every second full-sized segment, at once around a gap or FIN."""
-    return bool(
-        target.early
-        or early_before
-        or target.rcv_nxt - target.rcv_acked >= 2 * target.smss
-        or target.fin_pos != NO_POSITION
-    )
+def must_ack_now(target: Target, early_before: Ranges, pushed: bool) -> bool:
+    """RFC 5681 4.2: at least every second full-sized segment, at once around a gap or FIN.
+
+    That is a SHOULD, which is not kept where nobody waits for it: what ends in PSH is all
+    that the target had to send, and the next request acknowledges it as well. But a sender
+    whose window is full pushes, too. So an acknowledgement is stretched over no more than the
+    target has been seen to send without one, and whenever one had to come from the timer
+    after all (:func:`acknowledge`) there is a pause.
+    """
+    if target.early or early_before or target.fin_pos != NO_POSITION:
+        return True
+    unacked = target.rcv_nxt - target.rcv_acked
+    if unacked < 2 * target.smss:
+        return False
+    segments = min(-(-unacked // target.smss), STRETCH_MAX)
+    if target.stretch < 0:
+        target.stretch += 1
+    elif segments > target.stretch:
+        target.stretch = segments
+    else:
+        return not pushed
+    return True
+
+
+def acknowledge(target: Target, late: bool) -> None:
+    """An acknowledgement of its own leaves; ``late``: nothing else took it along in time."""
+    if late and target.rcv_nxt - target.rcv_acked >= 2 * target.smss:
+        target.stretch = -STRETCH_PAUSE

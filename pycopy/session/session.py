@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, Protocol
 from pycopy.abi import ACK, FIN, RST, SYN, Segment
 from pycopy.ledger import Fate, Ledger, ResponseFate
 from pycopy.seq import MASK
-from pycopy.session import arrival, departure, losing, pathmtu, release, stream
+from pycopy.session import arrival, departure, losing, pathmtu, receiving, release, stream
 from pycopy.session.rules import MS, Rules
 from pycopy.session.states import TRANSITIONS, Event, Outcome, State
 from pycopy.session.stream import Offer
-from pycopy.session.views import NEVER, Chunk, Online, Target, unwrap
+from pycopy.session.views import AT_ONCE, NEVER, Chunk, Online, Target, unwrap
 
 
 class Emission(NamedTuple):
@@ -327,6 +327,7 @@ class Session:
     def _settle(self, now_ns: int) -> None:
         """Send an ACK that is due and tell the host when to come back."""
         if self.ack_at <= now_ns:
+            receiving.acknowledge(self.target, self.ack_at != AT_ONCE)
             self.emit(0, self.target.snd_nxt, b"", now_ns)
         deadline_ns = min(self.rto_at, self.ack_at, self.quiet_at, self.gap_at)
         self.deadline_ns = deadline_ns

@@ -17,6 +17,8 @@ from pycopy.seq import MASK, diff
 
 #: A deadline that never comes (CLOCK_MONOTONIC nanoseconds).
 NEVER = 1 << 62
+#: One that is long past.
+AT_ONCE = 1
 
 #: Positions start here when unwrapped sequence numbers are compared.
 NO_POSITION = -1
@@ -114,7 +116,7 @@ class Target:
         "mss", "need_base", "options", "rcv_acked", "rcv_nxt", "rcv_wscale", "recovery_end",
         "resend_limit", "resend_next", "rto_ns", "rttvar_ns", "sacked", "said_before", "smss",
         "snd_nxt", "snd_una", "snd_wl1", "snd_wl2", "snd_wnd", "snd_wscale", "srtt_ns",
-        "ssthresh", "ts_recent",
+        "ssthresh", "stretch", "ts_recent",
     )  # fmt: skip
 
     def __init__(self, iss: int, start: int, mss: int, rto_ns: int) -> None:
@@ -139,6 +141,8 @@ class Target:
         #: Next position expected of the target's stream, and the one last acknowledged.
         self.rcv_nxt = 0
         self.rcv_acked = 0
+        #: Full-sized segments that one acknowledgement may do for: receiving.py.
+        self.stretch = 0
         #: Position of the target's FIN, once it is known.
         self.fin_pos = NO_POSITION
         #: Ranges received beyond a gap: disjoint (start, end), the latest one first.

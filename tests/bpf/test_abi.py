@@ -8,7 +8,7 @@ from pycopy.loader import load
 from pycopy.session.states import State
 
 #: Width in bytes of each letter of a struct format.
-WIDTHS = {"Q": 8, "I": 4, "H": 2, "B": 1}
+WIDTHS = {"Q": 8, "I": 4, "H": 2, "h": 2, "B": 1}
 
 
 def facts(tmp_path, *expressions):

@@ -37,7 +37,7 @@ from pycopy.session.views import NEVER, NO_POSITION, Chunk, Online, Target
 
 ONLINE_KEY, TARGET_KEY = bytes(range(36)), bytes(range(100, 136))
 ZERO = Segment(0, *[0] * 15, b"", bytes(32))
-NOTHING = KernelSession(*[0] * 49, ONLINE_KEY, TARGET_KEY)
+NOTHING = KernelSession(*[0] * 50, ONLINE_KEY, TARGET_KEY)
 
 
 class Host:
@@ -58,7 +58,7 @@ def kernel_session(**fields):
     """An established one: 100 bytes sent and acknowledged, 500 received; numbers wrap."""
     values = dict(
         owner=Owner.USER, state=State.ESTABLISHED.value, family=4, options=15, snd_wscale=7,
-        rcv_wscale=6, service=3, mss=1400, smss=1388,
+        rcv_wscale=6, service=3, mss=1400, smss=1388, stretch=-5,
         known=KNOWN_IRS | KNOWN_NEED | KNOWN_SENT, iss=0xFFFFFFF0,
         online_irs=0xFFFFFF00, online_snd_nxt=85, online_rcv_nxt=0xFFFFFF01,
         online_need=0xFFFFFF01, sent_need=0xFFFFFF01, irs=0xFFFFFFFE, snd_una=85, snd_nxt=85,

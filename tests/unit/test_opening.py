@@ -137,7 +137,13 @@ def test_a_handshake_of_the_kernels_is_swept_at_once():
     bench = Bench()
     given = bench.given()
     syn_sent = given._replace(
-        state=State.SYN_SENT.value, known=0, snd_una=0, snd_nxt=1, online_snd_nxt=1, rto_at=SECOND
+        state=State.SYN_SENT.value,
+        known=0,
+        snd_una=0,
+        snd_nxt=1,
+        online_snd_nxt=1,
+        rto_at=SECOND,
+        ack_at=0,
     )
     bench.table.adopt_all([(syn_sent, [])], 0)
     assert bench.table.by_target[given.target].state is State.SYN_SENT

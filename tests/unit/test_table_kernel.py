@@ -21,7 +21,7 @@ from pycopy.session.addresses import KeptAddresses
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.states import Outcome, State
 from pycopy.session.table import Table
-from pycopy.session.views import NEVER
+from pycopy.session.views import AT_ONCE, NEVER
 
 TARGET = bytes(10) + b"\xff\xff" + bytes([10, 0, 0, 9])
 ZERO = Segment(0, *[0] * 15, b"", bytes(32))
@@ -190,7 +190,7 @@ def test_a_response_fetches_its_session():
 
 def in_flight(given):
     """The same session with a request on its way, and its record."""
-    kernel = given._replace(snd_nxt=8, online_snd_nxt=8, rto_at=300 * MS, known=KNOWN_IRS)
+    kernel = given._replace(snd_nxt=8, online_snd_nxt=8, ack_at=0, rto_at=300 * MS, known=KNOWN_IRS)
     return kernel, [(LogRecord(0, 0, 0, 1, 1, 7, PSH | ACK, 8, 0, 0, 0), b"request")]
 
 
@@ -220,7 +220,7 @@ def test_a_session_whose_segment_leads_to_nothing_has_its_timers(flags):
     bench.kernel.sessions[given.target], bench.kernel.logged = in_flight(given)
     bench.client(flags)
     assert not bench.table.outbox and bench.table.deadline_ns() == 0
-    bench.table.on_time(0)
+    bench.table.on_time(AT_ONCE)
     assert bench.table.deadline_ns() == 300 * MS
     bench.table.on_time(300 * MS)
     assert bench.table.outbox[-1].data == b"request"
