@@ -228,7 +228,7 @@ static __always_inline u32 pycopy_look(struct __sk_buff *ctx, u32 slot, struct p
 	if (!s->held && !s->ack_at && !pycopy_in_flight(s))
 		return 0;
 	pycopy_watch(slot);
-	return PYCOPY_TIMER_PENDING;
+	return s->held ? PYCOPY_TIMER_PENDING | PYCOPY_TIMER_HELD : PYCOPY_TIMER_PENDING;
 }
 
 int pycopy_timer(struct __sk_buff *ctx)
@@ -236,7 +236,7 @@ int pycopy_timer(struct __sk_buff *ctx)
 	struct pycopy_fast_config *config = pycopy_config();
 	u64 *counts = pycopy_fast_counts();
 	u32 slot, *at, mark = ctx->mark & 0xff;
-	u32 seen = ctx->mark & PYCOPY_TIMER_PENDING;
+	u32 seen = ctx->mark & PYCOPY_TIMER_SEEN;
 	struct pycopy_work *work = pycopy_work_of_cpu();
 	u32 all = mark == PYCOPY_TIMER_BEGIN_ALL || mark == PYCOPY_TIMER_GO_ON_ALL;
 

@@ -406,6 +406,8 @@ enum pycopy_timer {
 
 /* Beside it: the pass has seen sessions that have something pending. */
 #define PYCOPY_TIMER_PENDING 0x100
+#define PYCOPY_TIMER_HELD    0x200 /* a request, which may wait for nothing else */
+#define PYCOPY_TIMER_SEEN    0x300
 
 /* Upper bounds of the hold-time histogram: pycopy.ledger.HOLD_BUCKETS_US. */
 #define PYCOPY_HOLD_BUCKETS 7

@@ -15,6 +15,9 @@ WRITE = select.EPOLLOUT
 #: Later than any deadline.
 NEVER_NS = 1 << 62
 
+#: Of one wait. Python's default makes room for a thousand each time.
+_EVENTS_MAX = 64
+
 Callback = Callable[[int], None]
 
 
@@ -41,7 +44,7 @@ class Loop:
         """Run what is ready; otherwise sleep until ``deadline_ns`` (CLOCK_MONOTONIC) at most."""
         timeout_s = (deadline_ns - time.monotonic_ns()) / 1e9
         callbacks = self._callbacks
-        for fd, events in self._epoll.poll(timeout_s if timeout_s > 0 else 0):
+        for fd, events in self._epoll.poll(timeout_s if timeout_s > 0 else 0, _EVENTS_MAX):
             callback = callbacks.get(fd)
             if callback is not None:
                 callback(events)

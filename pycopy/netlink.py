@@ -1,4 +1,4 @@
-"""Requests to rtnetlink as bytes: the little that attaching needs, without pyroute2.
+"""Requests to netlink as bytes: the little that is needed of it, without pyroute2.
 
 pyroute2 would do it as well, but costs 20 MB and 100 ms: half of what this process may
 weigh. Knows the framing of messages and attributes, not what they mean.
@@ -22,11 +22,13 @@ _TYPE_MASK = 0x3FFF
 _ANSWER_BYTES = 1 << 18
 
 
-def request(kind: int, flags: int, body: bytes) -> list[bytes]:
+def request(
+    kind: int, flags: int, body: bytes, protocol: int = socket.NETLINK_ROUTE
+) -> list[bytes]:
     """Ask in the current network namespace; bodies of the answers, the kernel's no as OSError."""
     header = _HEADER.pack(_HEADER.size + len(body), kind, REQUEST | ACK | flags, 1, 0)
     answers: list[bytes] = []
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as sock:
         sock.send(header + body)
         while True:
             data = sock.recv(_ANSWER_BYTES)

@@ -70,7 +70,8 @@ class Replay:
         self._loop = Loop()
         self._captures: list[Capture] = []
         self._first_syn_ns = 0
-        self._warned_of_silence = False
+        #: Nothing has come back so far, and nothing was said about it.
+        self._silent = True
         self._hops = NextHops(on_change=lambda _hop: self._on_hop_change())
         self._fastpath: FastPath | None = None
         self._egress = Egress(self._hops, self.ledger, config.mtu)
@@ -95,6 +96,8 @@ class Replay:
         self.view = View(
             self.snapshot, config.interval_s, config.quiet, config.json, f"pycopy replay {services}"
         )
+        #: Somebody looks at the ledger while we run: it is kept up to date.
+        self._watched = not config.quiet
         self._signals = Signals(
             self._loop,
             self._stop,
@@ -326,8 +329,9 @@ class Replay:
             self._egress.flush(outbox)
 
     def _housekeep(self) -> None:
-        self._refresh_counters()
-        self._notice_silence()
+        if self._watched or self._silent:
+            self._refresh_counters()
+            self._notice_silence()
         if not self._draining:
             self._answers.forget_released()
             now_ns, changes = time.monotonic_ns(), self._hops.changes
@@ -343,12 +347,14 @@ class Replay:
     def _notice_silence(self) -> None:
         """Nothing at all comes back: the commonest fault, and the ledger balances all the same."""
         counts, now_ns = self.ledger.counts, time.monotonic_ns()
-        if self._warned_of_silence or counts[Count.RESPONSES]:
+        if not self._silent:
             return
-        if not counts[Count.SENT_SYN]:
+        if counts[Count.RESPONSES]:
+            self._silent = False
+        elif not counts[Count.SENT_SYN]:
             self._first_syn_ns = now_ns
         elif now_ns - self._first_syn_ns >= SILENCE_NS:
-            self._warned_of_silence = True
+            self._silent = False
             targets = ", ".join(sorted({endpoint(*target) for target in self._targets}))
             say(f"no answer yet from {targets} to {counts[Count.SENT_SYN]} SYNs")
             say(f"  {self._answers.hints}")

@@ -77,6 +77,7 @@ class Worker(Replay):
         #: Responses that an intercept had for all workers, and that were another's.
         self._others = 0
         self._asked = False
+        self._watched = True  # by the master
         # A service manager signals the master and its workers alike.
         self._signals.second_ends = False
         self._loop.add(line.fileno(), READ, self._on_master)

@@ -59,6 +59,8 @@ class KernelSessions:
         self.accepts = frozenset({4, 6})
         #: Whether any session of the kernel's had something pending when time last passed.
         self.pending = False
+        #: Whether one held a request back.
+        self.holding = False
         #: How the pass over those goes on: it may take more calls than one turn has.
         self._passing: int = abi.TIMER_BEGIN
         #: How the pass over all of them goes on; 0: none is under way.
@@ -303,12 +305,12 @@ class KernelSessions:
     def on_timer(self) -> Iterator[tuple[KernelSession, list[Logged]]]:
         """Let time pass for the kernel's sessions; those that must leave come back, fetched."""
         mark = self._run_timer(self._passing, CALLS)
-        self.pending = bool(mark & abi.TIMER_PENDING)
+        self.pending, self.holding = bool(mark & abi.TIMER_PENDING), bool(mark & abi.TIMER_HELD)
         # Begun anew each time, a busy kernel's last sessions would never be looked at.
-        mark &= ~abi.TIMER_PENDING
+        mark &= ~abi.TIMER_SEEN
         self._passing = abi.TIMER_BEGIN if mark == abi.TIMER_DONE else mark
         if self._sweeping:
-            mark = self._run_timer(self._sweeping, SWEEP_CALLS) & ~abi.TIMER_PENDING
+            mark = self._run_timer(self._sweeping, SWEEP_CALLS) & ~abi.TIMER_SEEN
             self._sweeping = 0 if mark == abi.TIMER_DONE else mark
         assert self._attention is not None
         for record in self._attention.drain_raw(maps_module.ATTENTION_BYTES):
@@ -325,7 +327,7 @@ class KernelSessions:
         assert self._timer is not None
         for _ in range(calls):
             mark = self._timer.run(mark)
-            if mark & ~abi.TIMER_PENDING == abi.TIMER_DONE:
+            if mark & ~abi.TIMER_SEEN == abi.TIMER_DONE:
                 break
         return mark
 

@@ -8,7 +8,6 @@ zero-route mode. What the segments mean is the session engine's business.
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 from pycopy import loader, prelude
@@ -297,5 +296,9 @@ class SelfIntercept(Everywhere):
 
 def rss_bytes() -> int:
     """Resident memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    fd = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        pages = int(os.read(fd, 128).split()[1])
+    finally:
+        os.close(fd)
     return pages * os.sysconf("SC_PAGE_SIZE")

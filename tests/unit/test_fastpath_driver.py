@@ -7,7 +7,7 @@ import pytest
 from pycopy import cli
 from pycopy.abi import FAST_COUNTS, FastCount, Left
 from pycopy.fastpath import driver as driver_module
-from pycopy.fastpath.driver import NOT_SENT, REST_NS, SWEEP_NS, TICK_NS, FastPath
+from pycopy.fastpath.driver import HOLDING_NS, NOT_SENT, REST_NS, SWEEP_NS, TICK_NS, FastPath
 from pycopy.fastpath.kernel import active
 from pycopy.ledger import Count, Fate, Ledger, ResponseFate
 from pycopy.session.states import Outcome
@@ -25,7 +25,7 @@ class Kernel:
     def __init__(self, services, max_sessions, backlog_bytes):
         self.size = services, max_sessions, backlog_bytes
         self.now = [0] * FAST_COUNTS
-        self.pending, self.told = False, []
+        self.pending, self.holding, self.told = False, False, []
 
     def counters(self):
         return list(self.now)
@@ -170,8 +170,11 @@ def test_time_passes_faster_while_something_is_pending(make):
     path.kernel.pending = True
     path.on_timer(8)
     assert path.deadline_ns == 8 + TICK_NS and len(path.kernel.told) == 3
+    path.kernel.holding = True
+    path.on_timer(9)
+    assert path.deadline_ns == 9 + HOLDING_NS and len(path.kernel.told) == 4
     path.on_timer(7 + SWEEP_NS)
-    assert path.kernel.told[3:] == [("sweep",), ("on_timer",)]
+    assert path.kernel.told[4:] == [("sweep",), ("on_timer",)]
     assert path._table.calls[-1] == ("adopt_all", (), 7 + SWEEP_NS)
 
 

@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+from pycopy import placement
 from pycopy.channel import Placement
 from pycopy.errors import UsageError
 from pycopy.inet import map_address
@@ -86,3 +87,16 @@ def test_real_listeners_are_seen(family, address):
 def test_listening_everywhere_is_all_zero(family, address):
     with socket.create_server((address, 0), family=family) as sock:
         assert (ANY, sock.getsockname()[1]) in listeners()
+
+
+def test_a_kernel_that_cannot_be_asked_has_a_table(monkeypatch):
+    def refuse(*_args):
+        raise FileNotFoundError("no inet_diag")
+
+    with (
+        socket.create_server(("127.0.0.1", 0)),
+        socket.create_server(("::", 0), family=socket.AF_INET6),
+    ):
+        asked = listeners()
+        monkeypatch.setattr(placement.netlink, "request", refuse)
+        assert listeners() == asked and len(asked) >= 2
