@@ -52,6 +52,9 @@ class Answers(Protocol):
 
     def start(self, table: Table, fastpath: FastPath | None) -> None: ...
 
+    def catch_up(self) -> None:
+        """Everything is loaded, which may have taken its time: be ready when this returns."""
+
     def describe(self) -> str: ...
 
     def flush(self) -> None: ...
@@ -116,6 +119,9 @@ class OwnAnswers:
         table.on_release = self._intercept.release
         self._cover(find_devices([]))
         self._cover_ways_out()
+
+    def catch_up(self) -> None:
+        """Nobody waits for us."""
 
     def describe(self) -> str:
         return own_words(self._ports)

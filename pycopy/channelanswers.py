@@ -154,6 +154,17 @@ class ChannelAnswers:
         table.on_give = self._release_there
         table.on_release = self._release
 
+    def catch_up(self) -> None:
+        """Answer what came meanwhile; an intercept may have given us up by now."""
+        self._loop.wait(0)
+        until_ns = now_ns = time.monotonic_ns()
+        if not self._config.lonely:
+            until_ns += int(CONNECT_TIMEOUT_S * 1e9)
+        while self.cut_off and now_ns < until_ns:
+            self._loop.wait(min(until_ns, self.deadline_ns))
+            now_ns = time.monotonic_ns()
+            self.on_timer(now_ns)
+
     def describe(self) -> str:
         names = ", ".join(client.name for client in self._clients)
         if self.cut_off:

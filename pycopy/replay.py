@@ -150,6 +150,7 @@ class Replay:
             fastpath.start(self.table, self.table.rules, self.ledger, self._hops, self._egress)
         self._answers.start(self.table, fastpath)
         self._capture()
+        self._answers.catch_up()
 
     def _undo_attach(self) -> None:
         for tap in (*self._captures, *self._answers.taps):

@@ -5,17 +5,19 @@ does, the lab is removed at the end together with every process started in it.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import socket
+import struct
 import time
 
 import pytest
 
-from pycopy import link
+from pycopy import link, pcapfilter
 from pycopy.lab.copying import Copying, LoadRun, wait_settled
 from pycopy.lab.servers import Exact, Nginx, Served
-from pycopy.lab.topology import SWITCH, Lab
+from pycopy.lab.topology import DEVICE, SWITCH, Lab
 
 #: A connection in the log of the exact server over which nothing was said.
 _SILENT = hashlib.sha256().hexdigest()
@@ -82,6 +84,39 @@ def eventually(condition, timeout_s=5.0):
     return True
 
 
+class Resets:
+    """What a host's kernel sends to the target by itself: resets, one for each stray response.
+
+    Counted on the wire: a client may have reasons of its own to reset a connection online.
+    """
+
+    _EXPRESSION = (
+        "(tcp[13] & 4 != 0 and dst host {4}) or"
+        " (ip6 and ip6[6] = 6 and ip6[53] & 4 != 0 and dst host {6})"
+    )
+    _SO_ATTACH_FILTER, _SOL_PACKET, _PACKET_STATISTICS, _ETH_P_ALL = 26, 263, 6, 3
+
+    def __init__(self, lab, role):
+        targets = {family: lab.address("target", family) for family in (4, 6)}
+        expression = self._EXPRESSION.replace("{4}", targets[4]).replace("{6}", targets[6])
+        program = pcapfilter._instructions(expression, 14)
+        code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in program))
+        with lab.inside(role):
+            self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+            fprog = struct.pack("HL", len(program), ctypes.addressof(code))
+            self._sock.setsockopt(socket.SOL_SOCKET, self._SO_ATTACH_FILTER, fprog)
+            self._sock.bind((DEVICE, self._ETH_P_ALL))
+        self._count = 0
+
+    def count(self):
+        statistics = self._sock.getsockopt(self._SOL_PACKET, self._PACKET_STATISTICS, 8)
+        self._count += struct.unpack("II", statistics)[0]
+        return self._count
+
+    def close(self):
+        self._sock.close()
+
+
 class Scenario:
     """Servers online and as target, pycopy between them, load, and the comparison.
 
@@ -105,6 +140,7 @@ class Scenario:
         self.target = [
             self._server("target", port + 8000, kind, sizes, delay_s) for port, kind in servers
         ]
+        self._resets = None
         self.copying = Copying(
             lab, placement, family, online=online,
             ports=[(port, port + 8000) for port in self._ports], **copying,
@@ -119,13 +155,18 @@ class Scenario:
 
     def start(self):
         self.copying.start()
-        self._resets = self._resets_sent()
+        self.watch_resets()
         return self
 
-    def _resets_sent(self):
-        """By the kernels of clients and online hosts: one for each stray response they get."""
+    def watch_resets(self):
+        """From now on no response may stray: what start() does once pycopy runs."""
+        self._resets = Resets(self.lab, "client")
+        self._own_resets = self._resets_online()
+
+    def _resets_online(self):
+        """Of hosts that swallow answers themselves; others have a channel, which may be reset."""
         sent = {}
-        for role in ("client", *(server.role for server in self.online)):
+        for role in () if self.copying.intercepts else {server.role for server in self.online}:
             text = self.lab.run(role, ["cat", "/proc/net/snmp"]).stdout
             names, values = (line.split() for line in text.splitlines() if line[:4] == "Tcp:")
             sent[role] = int(values[names.index("OutRsts")])
@@ -191,14 +232,18 @@ class Scenario:
         assert not asked.lost(copied), f"lost {_few(asked.lost(copied))}\n{summary}"
         assert not asked.surplus(copied), f"unasked {_few(asked.surplus(copied))}\n{summary}"
         assert asked.connections == copied.connections, "requests regrouped\n" + summary
+        strayed = self._resets.count()
+        assert not strayed, f"{strayed} responses strayed to clients\n{summary}"
         if not resets:
-            assert self._resets_sent() == self._resets, "a response strayed\n" + summary
+            assert self._resets_online() == self._own_resets, "a response strayed\n" + summary
         assert outcome.balanced, summary
         assert attached(self.lab) == []
         return outcome
 
     def close(self):
         self.copying.abandon()
+        if self._resets is not None:
+            self._resets.close()
         for server in (*self.target, *self.online):
             server.stop()
 

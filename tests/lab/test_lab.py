@@ -17,6 +17,7 @@ from pycopy.lab import offloads, processes
 from pycopy.lab.copying import LoadRun
 from pycopy.lab.servers import Exact, Nginx
 from pycopy.lab.topology import DEVICE, SWITCH, Lab, environment
+from tests.lab.conftest import Resets
 
 FAMILIES = (4, 6)
 
@@ -35,6 +36,17 @@ def connects(lab, source, destination, family, port):
             sock.bind((lab.address(source, family), 0))
             return sock.connect_ex((lab.address(destination, family), port)) == 0
     return False
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stray_response_is_noticed(lab, family):
+    """The target speaks to a port of the client that is none: the client's kernel resets it."""
+    resets = Resets(lab, "client")
+    assert not connects(lab, "client", "target", family, 9)  # of the target's, not the client's
+    assert resets.count() == 0
+    assert not connects(lab, "target", "client", family, 9)
+    assert resets.count() == 1
+    resets.close()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -186,6 +186,6 @@ def test_a_service_that_starts_after_the_intercept(scenario, family):
         server.start()
     run.copying.replays[0].start()
     assert "this is the target now" in run.copying.intercepts[0].messages
-    run._resets = run._resets_sent()
+    run.watch_resets()
     run.load(101, 23, short=7)
     run.finish()

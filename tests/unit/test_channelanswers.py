@@ -13,10 +13,11 @@ from pycopy.loop import Loop
 TARGET = {4: "10.0.0.2", 6: "fd00::2"}
 
 
-def answers(*targets, intercepts=("10.0.0.3",), pool=()):
+def answers(*targets, intercepts=("10.0.0.3",), pool=(), lonely=False):
     config = ReplayConfig(
         intercepts=[(host, 36524) for host in intercepts],
         client_pool=[ipaddress.ip_network(text) for text in pool],
+        lonely=lonely,
     )
     return ChannelAnswers(
         config, Loop(), [(map_address(ipaddress.ip_address(text)), 80) for text in targets],
@@ -49,3 +50,27 @@ def test_only_targets_of_the_family_of_all_intercepts():
     two = answers("10.0.0.2", "fd00::2", intercepts=("10.0.0.3", "fd00::3"))
     assert two._families() == frozenset()
     assert "different IP versions" in two.may_stay_in_kernel()
+
+
+class GivenUp:
+    """The connection to an intercept that has closed it; it takes the next one."""
+
+    connected = False
+    deadline_ns = 0
+
+    def __init__(self, owner):
+        self._owner = owner
+
+    def on_timer(self, _now_ns):
+        self.connected = True
+        self._owner._look()
+
+
+@pytest.mark.parametrize("lonely", [False, True])
+def test_ready_is_said_when_connected(lonely):
+    """Loading may take longer than an intercept waits. --lonely: whenever that will be."""
+    mine = answers("10.0.0.2", lonely=lonely)
+    mine._clients = [GivenUp(mine)]
+    mine._look()
+    mine.catch_up()
+    assert mine.cut_off is lonely
