@@ -34,8 +34,6 @@ struct pycopy_reply {
 	__u32 seq;
 	__u32 ack;
 	__u32 ts_recent;
-	__u16 smss;
-	__u16 service;
 	__u8 flags;
 	__u8 options;
 	__u8 rcv_wscale;
@@ -355,7 +353,7 @@ static __always_inline void pycopy_fin_arrived(struct pycopy_session *s,
 
 /* Late segments of a session that is over: a repeated FIN is acknowledged again. */
 static __always_inline int pycopy_after_the_end(struct pycopy_session *s,
-						const struct pycopy_segment *segment, u64 now_ns)
+						const struct pycopy_segment *segment)
 {
 	if (segment->seg_len || segment->tcp_flags & PYCOPY_TCP_FIN)
 		s->ack_at = PYCOPY_AT_ONCE;
@@ -400,7 +398,7 @@ static __always_inline int pycopy_target_arrives(struct pycopy_session *s,
 	if (s->state == PYCOPY_SYN_SENT)
 		return pycopy_establish(s, config, segment, now_ns);
 	if (s->state == PYCOPY_TIME_WAIT)
-		return pycopy_after_the_end(s, segment, now_ns);
+		return pycopy_after_the_end(s, segment);
 	if (segment->tcp_flags & PYCOPY_TCP_RST)
 		return pycopy_leave(s, PYCOPY_LEFT_RESET);
 	if (segment->tcp_flags & PYCOPY_TCP_SYN) {
@@ -519,9 +517,7 @@ static __always_inline void pycopy_reply_of(const struct pycopy_session *s, u32 
 	reply->seq = seq;
 	reply->ack = s->rcv_nxt;
 	reply->ts_recent = s->ts_recent;
-	reply->smss = s->smss;
 	reply->mss = s->mss;
-	reply->service = s->service;
 	reply->flags = flags;
 	reply->options = s->options;
 	reply->rcv_wscale = s->rcv_wscale;
