@@ -148,6 +148,8 @@ class Replay:
         self._fastpath = fastpath
         if fastpath is not None:
             fastpath.start(self.table, self.table.rules, self.ledger, self._hops, self._egress)
+        # Compiling takes seconds on a busy machine: an intercept must not wait for it.
+        self._load_captures()
         self._answers.start(self.table, fastpath)
         self._capture()
         self._answers.catch_up()
@@ -155,6 +157,9 @@ class Replay:
     def _undo_attach(self) -> None:
         for tap in (*self._captures, *self._answers.taps):
             self._loop.remove(tap.ring.fileno())
+        for tap in self._captures:
+            tap.close()
+        self._captures = []
         self._answers.close()
         self.table.kernel = None
         if self._fastpath is not None:
@@ -177,16 +182,19 @@ class Replay:
             max_sessions=config.max_sessions,
         )
 
-    def _capture(self) -> None:
+    def _load_captures(self) -> None:
         config = self.config
         services = [(each.online_addr, each.online_port) for each in config.services]
         devices = find_devices(config.interfaces)
         hook = Hook.XDP if config.hook == "xdp" else Hook.TC_INGRESS
-        self._captures = live.capture(
+        self._captures = live.load_captures(
             devices, services, hook, config.filter, config.ring_bytes, config.forwarded,
             self._fastpath.kernel if self._fastpath else None, (config.worker, config.workers),
         )  # fmt: skip
+
+    def _capture(self) -> None:
         for tap in self._captures:
+            tap.begin()
             self._loop.add(tap.ring.fileno(), READ, partial(self._on_capture_ring, tap))
             for attachment in tap.attachments:
                 if attachment.reason:

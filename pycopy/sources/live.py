@@ -7,7 +7,7 @@ zero-route mode. What the segments mean is the session engine's business.
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from pycopy import loader, prelude
@@ -83,6 +83,14 @@ class Capture(Tap):
     def __init__(self, module: loader.Module, ring_bytes: int, hook: Hook, l2_bytes: int) -> None:
         super().__init__(module, ring_bytes, hook, l2_bytes)
         self._told: set[bytes] = set()
+        #: Where :meth:`begin` attaches it.
+        self.ifnames: list[str] = []
+
+    def begin(self) -> None:
+        """See packets from now on; raises PycopyError, and the caller closes the tap."""
+        self.name_local_addresses()
+        for ifname in self.ifnames:
+            self.attach(ifname)
 
     def name_local_addresses(self) -> None:
         """Tell the program what has changed since the last time; it may change while we run."""
@@ -121,32 +129,16 @@ def load_tap(
     return kind(module, ring_bytes, hook, l2_bytes)
 
 
-def _spread(devices: Sequence[Device], make: Callable[[int], AnyTap]) -> list[AnyTap]:
-    """Attach to every device, with one tap (``make(l2_bytes)``) for each link type among them."""
-    taps: list[AnyTap] = []
-    try:
-        for device in devices:
-            tap = next((each for each in taps if each.l2_bytes == device.l2_bytes), None)
-            if tap is None:
-                tap = make(device.l2_bytes)
-                taps.append(tap)
-            tap.attach(device.name)
-    except BaseException:
-        for tap in taps:
-            tap.close()
-        raise
-    return taps
-
-
-def capture(
+def load_captures(
     devices: Sequence[Device], services: Sequence[Service], hook: Hook, expression: str,
     ring_bytes: int, forwarded: bool, kernel: KernelSessions | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> list[Capture]:  # fmt: skip
-    """Capture the client segments of ``services`` on ``devices`` (bpf/capture.c).
+    """Load what captures the client segments of ``services`` on ``devices`` (bpf/capture.c).
 
-    A service without an address is any address of this host; ``forwarded``: of anybody.
-    ``share``: which worker, and of how many.
+    One tap for each link type; :meth:`Capture.begin` attaches it. A service without an address
+    is any address of this host; ``forwarded``: of anybody. ``share``: which worker, and of how
+    many. Raises PycopyError with nothing left loaded.
     """
     worker, workers = share
     defines = {"PYCOPY_WORKER": worker, "PYCOPY_WORKERS": workers} if workers > 1 else {}
@@ -155,11 +147,19 @@ def capture(
         text = prelude.services_prelude(services, forwarded)
         text += compile_filter(expression, l2_bytes)
         maps = kernel.maps if kernel else None
-        tap = load_tap("capture.c", l2_bytes, hook, ring_bytes, text, defines, Capture, maps)
-        tap.name_local_addresses()
-        return tap
+        return load_tap("capture.c", l2_bytes, hook, ring_bytes, text, defines, Capture, maps)
 
-    return _spread(devices, make)
+    taps: dict[int, Capture] = {}
+    try:
+        for device in devices:
+            if device.l2_bytes not in taps:
+                taps[device.l2_bytes] = make(device.l2_bytes)
+            taps[device.l2_bytes].ifnames.append(device.name)
+    except BaseException:
+        for tap in taps.values():
+            tap.close()
+        raise
+    return list(taps.values())
 
 
 class Everywhere:

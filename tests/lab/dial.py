@@ -1,7 +1,9 @@
 """A client that does exactly what it is told: one socket, its port, its way to close."""
 
+import errno
 import socket
 import struct
+import time
 
 from pycopy.lab.content import content, http_request
 
@@ -18,10 +20,25 @@ class Client:
         self.sock.settimeout(TIMEOUT_S)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.bind((lab.address("client", family, index), source_port))
-        self.sock.connect((lab.address(role, family), port))
+        try:
+            self.sock.bind((lab.address("client", family, index), source_port))
+            self._connect((lab.address(role, family), port))
+        except BaseException:
+            self.sock.close()
+            raise
         self.port = self.sock.getsockname()[1]
         self._rest = b""
+
+    def _connect(self, address):
+        """As soon as the port is free: its last connection may wait for the ACK of its FIN."""
+        until = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                return self.sock.connect(address)
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL or time.monotonic() > until:
+                    raise
+            time.sleep(0.0002)
 
     def ask(self, name, answer_bytes=1, upload_bytes=0, *, close=False):
         """One request, and its whole answer checked."""
