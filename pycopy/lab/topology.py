@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -91,8 +91,13 @@ class Lab:
         mtu: int = 1500,
         offloads: bool = True,
         forward: bool = False,
+        cpus: Mapping[str, Collection[int]] | None = None,
     ) -> None:
-        """``forward`` is ip_forward on the assistant; ``extra`` adds roles of EXTRA_ROLES."""
+        """``forward`` is ip_forward on the assistant; ``extra`` adds roles of EXTRA_ROLES.
+
+        ``cpus``: where a role's processes run and where what reaches it is received; of roles
+        that are not named, anywhere.
+        """
         if not _NAME.fullmatch(name):
             raise UsageError(
                 f"--name {name!r} cannot be the name of a lab",
@@ -104,6 +109,7 @@ class Lab:
         self.state_dir = _STATE_DIR / name
         self._offloads = offloads
         self._forward = forward
+        self.cpus = dict(cpus or {})
         self._children: list[subprocess.Popen[bytes]] = []
         #: Namespaces that this object made: all that a failed build may take down.
         self._made: list[str] = []
@@ -287,6 +293,11 @@ class Lab:
                 for other in self.roles:
                     if other != role:
                         host.route("add", dst=self.prefix(other, family), oif=index, **scope)
+        if role in self.cpus:
+            mask = sum(1 << cpu for cpu in self.cpus[role])
+            # A veth's packets are received by whichever CPU sent them, unless they are steered.
+            steer = f"echo {mask:x} > /sys/class/net/{DEVICE}/queues/rx-0/rps_cpus"
+            self.run(role, ["sh", "-c", steer])
 
     # -- changing ------------------------------------------------------------------------
 
@@ -352,11 +363,18 @@ class Lab:
         to end when its starter dies, whatever killed that. Call this from the main thread.
         """
         command = ["ip", "netns", "exec", self.namespace(role), *argv]
+        cpus = self.cpus.get(role)
+
+        def prepare() -> None:
+            processes.end_with_parent()
+            if cpus:
+                os.sched_setaffinity(0, cpus)
+
         child: subprocess.Popen[bytes] = subprocess.Popen(
             command,
             env=environment(),
             start_new_session=True,
-            preexec_fn=processes.end_with_parent,
+            preexec_fn=prepare,
             **options,  # type: ignore[call-overload]
         )
         self._children.append(child)

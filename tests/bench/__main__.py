@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class Run:
     document: dict[str, Any]
     cells: list[Cell] = field(default_factory=list)
     ceilings: list[Ceiling] = field(default_factory=list)
+    #: Of the service without replay, its hosts on CPUs of their own.
+    alone: list[Ceiling] = field(default_factory=list)
 
     def of_kinds(self, *kinds: str) -> list[Replayer]:
         return [one for one in self.replayers if one.kind in kinds]
@@ -83,12 +85,27 @@ class Run:
         self.ceilings += ceiling.ceilings(self.bench, replayers, load, self.rounds, self.keep)
         self.save()
 
+    def measure_at_half(self, load: str) -> None:
+        """Latency at half of what the service keeps alone, every host on CPUs of its own."""
+        shared, self.bench = self.bench, replace(self.bench, cpus=machine.apart())
+        try:
+            alone = self.of_kinds("baseline")
+            found = ceiling.ceilings(self.bench, alone, load, self.rounds, self.keep)
+            self.alone += found
+            if found:
+                half = statistics.median_low(one.rate for one in found) // 2
+                replayers = self.of_kinds("baseline", "floor", "pycopy", "original")
+                self.measure(replayers, load, half, "half", rounds=self.rounds)
+        finally:
+            self.bench = shared
+
     def save(self) -> None:
         if not self.json_path:
             return
         document = {
             **self.document,
             "ceilings": [asdict(one) for one in self.ceilings],
+            "alone": [asdict(one) for one in self.alone],
             "cells": [asdict(one) for one in self.cells],
         }
         text = json.dumps(document, indent=1)
@@ -126,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
         "--ceiling", action="store_true", help="search the highest rate without loss instead"
     )
     parser.add_argument(
+        "--half", action="store_true",
+        help="latency at half the rate that the service keeps without replay, instead of fixed"
+        " rates; the online host on one half of the CPUs, everything else on the other",
+    )  # fmt: skip
+    parser.add_argument(
         "--check", action="store_true",
         help="costs, ceilings, latency at half the ceiling, loss and uploads, held against"
         " the requirement of the fast path; takes two or three hours with all replayers",
@@ -161,9 +183,12 @@ def _plan(loads: str, rates: str) -> Iterator[tuple[str, int]]:
 
 def _measure(run: Run, given: argparse.Namespace) -> None:
     plan = list(_plan(given.loads, given.rates))
-    if given.ceiling and not given.check:
+    if (given.ceiling or given.half) and not given.check:
         for load in dict.fromkeys(load for load, _ in plan):
-            run.find_ceilings(load)
+            if given.ceiling:
+                run.find_ceilings(load)
+            if given.half:
+                run.measure_at_half(load)
         return
     for load, rate in plan:
         run.measure(run.replayers, load, rate, "loss" if given.loss else "cost",
@@ -172,22 +197,13 @@ def _measure(run: Run, given: argparse.Namespace) -> None:
         return
     for load in check.CEILING_LOADS:
         run.find_ceilings(load)
-        half = _half_ceiling(run, load)
-        if half:
-            replayers = run.of_kinds("baseline", "pycopy", "original")
-            run.measure(replayers, load, half, "half", rounds=run.rounds)
+        run.measure_at_half(load)
     mine = run.of_kinds("pycopy")
     for load, rate in plan:
         run.measure(mine, load, rate, "loss", rounds=1, loss_percent=check.LOSS_PERCENT)
     for load in ("uploads100k", "uploads1m"):
         run.measure(run.of_kinds("baseline", "pycopy", "original"), load, LOADS[load].rate,
                     "uploads", rounds=1)  # fmt: skip
-
-
-def _half_ceiling(run: Run, load: str) -> int:
-    """Half of the rate that the online service keeps when it is alone."""
-    rates = [one.rate for one in run.ceilings if one.load == load and one.kind == "baseline"]
-    return statistics.median_low(rates) // 2 if rates else 0
 
 
 def _print(cells: list[Cell], ceilings: list[Ceiling], checked: bool) -> bool:

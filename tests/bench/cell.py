@@ -8,6 +8,7 @@ the replayer has ended.
 import contextlib
 import os
 import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,8 @@ class Bench:
     program: Path
     seconds: float
     statistics: bool = True
+    #: Of each role, where nothing of the others runs; empty: everybody shares everything.
+    cpus: Mapping[str, Collection[int]] = field(default_factory=dict)
 
     def measure(
         self, replayer: Replayer, load: Load, rate: int, stage: str,
@@ -122,7 +125,7 @@ class Bench:
         cell = Cell(replayer.name, replayer.kind, load.name, rate, stage, number, loss_percent)
         with (
             # A dropped super-segment would be dozens of lost ones.
-            Lab(f"pycopy-bench-{os.getpid()}", offloads=not loss_percent) as lab,
+            Lab(f"pycopy-bench-{os.getpid()}", offloads=not loss_percent, cpus=self.cpus) as lab,
             Service(lab, "online", SERVICE_PORT, load) as online,
             Service(lab, "target", TARGET_PORT, load) as target,
             Running(replayer, lab) as running,

@@ -98,8 +98,10 @@ def drive(
 def _command(
     lab: Lab, program: Path, load: Load, rate: int, seconds: float, to: str, port: int
 ) -> list[str]:
+    # With CPUs of its own the service is measured alone: the load waits for no other host.
+    first = ["chrt", "-f", "1"] if lab.cpus else []
     return [
-        str(program), lab.address(to, 4), str(port), lab.address("client", 4),
+        *first, str(program), lab.address(to, 4), str(port), lab.address("client", 4),
         str(CLIENT_ADDRESSES), "short" if load.short else "keep", str(load.connections),
         str(rate), str(load.requests(rate, seconds)), str(load.answer_bytes),
         str(load.upload_bytes), str((seconds if rate else 4 * seconds) + _GRACE_S),

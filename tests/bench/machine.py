@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from pycopy import link
+from pycopy.errors import HostUnfit
+from pycopy.lab.topology import ROLES
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -155,6 +157,21 @@ def idle_clock_error(background_share: float, seconds: float = 2.0) -> float:
     after = Moment.now()
     cores_ns = (after.wall_s - before.wall_s) * 1e9 * (os.cpu_count() or 1)
     return (after.busy_ns_since(before) - background_share * cores_ns) / used_ns - 1
+
+
+def apart() -> dict[str, list[int]]:
+    """CPUs of each role of a lab: the online host on one half of them, all others on the other.
+
+    What the target does then delays the service no more than another machine would, and
+    what is left on its half is what replay costs there. Raises HostUnfit with one CPU.
+    """
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        raise HostUnfit(
+            "hosts on CPUs of their own need two of them", "use a machine with more, or no --half"
+        )
+    near, far = cpus[: len(cpus) // 2], cpus[len(cpus) // 2 :]
+    return {role: near if role == "online" else far for role in ROLES}
 
 
 def describe() -> dict[str, Any]:

@@ -177,6 +177,18 @@ def test_two_labs_do_not_meet_and_leave_nothing():
     assert not first.state_dir.exists()
 
 
+def test_a_role_may_have_cpus_of_its_own():
+    """Its processes run there, and what others send it is received there."""
+    last = max(os.sched_getaffinity(0))
+    with Lab(unique("cpus"), cpus={"target": [last]}) as lab:
+        for role, wanted in (("target", {last}), ("online", os.sched_getaffinity(0))):
+            sleeper = lab.popen(role, ["sleep", "60"])
+            assert os.sched_getaffinity(sleeper.pid) == wanted
+        mask = "cat /sys/class/net/eth0/queues/rx-0/rps_cpus"
+        assert int(lab.run("target", ["sh", "-c", mask]).stdout.replace(",", ""), 16) == 1 << last
+        assert int(lab.run("online", ["sh", "-c", mask]).stdout.replace(",", ""), 16) == 0
+
+
 def test_a_failure_while_building_leaves_nothing(monkeypatch):
     lab = Lab(unique("broken"))
     monkeypatch.setattr(lab, "_configure_host", lambda _role: 1 / 0)
