@@ -43,7 +43,7 @@ class Run:
     document: dict[str, Any]
     cells: list[Cell] = field(default_factory=list)
     ceilings: list[Ceiling] = field(default_factory=list)
-    #: Of the service without replay, its hosts on CPUs of their own.
+    #: Of the service without replay, the online host on CPUs of its own.
     alone: list[Ceiling] = field(default_factory=list)
 
     def of_kinds(self, *kinds: str) -> list[Replayer]:
@@ -86,18 +86,15 @@ class Run:
         self.save()
 
     def measure_at_half(self, load: str) -> None:
-        """Latency at half of what the service keeps alone, every host on CPUs of its own."""
-        shared, self.bench = self.bench, replace(self.bench, cpus=machine.apart())
-        try:
-            alone = self.of_kinds("baseline")
-            found = ceiling.ceilings(self.bench, alone, load, self.rounds, self.keep)
-            self.alone += found
-            if found:
-                half = statistics.median_low(one.rate for one in found) // 2
-                replayers = self.of_kinds("baseline", "floor", "pycopy", "original")
-                self.measure(replayers, load, half, "half", rounds=self.rounds)
-        finally:
-            self.bench = shared
+        """Latency at half of what the service keeps alone, the online host on its own CPUs."""
+        apart = replace(self, bench=replace(self.bench, cpus=machine.apart()))
+        baseline = self.of_kinds("baseline")
+        found = ceiling.ceilings(apart.bench, baseline, load, self.rounds, apart.keep)
+        self.alone += found
+        if found:
+            half = statistics.median_low(one.rate for one in found) // 2
+            replayers = self.of_kinds("baseline", "floor", "pycopy", "original")
+            apart.measure(replayers, load, half, "half", rounds=self.rounds)
 
     def save(self) -> None:
         if not self.json_path:

@@ -114,7 +114,7 @@ class Bench:
     program: Path
     seconds: float
     statistics: bool = True
-    #: Of each role, where nothing of the others runs; empty: everybody shares everything.
+    #: Of each role of the lab; empty: all roles share all of them.
     cpus: Mapping[str, Collection[int]] = field(default_factory=dict)
 
     def measure(
