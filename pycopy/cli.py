@@ -139,6 +139,7 @@ def replay_config(argv: Sequence[str], resolver: config.Resolver = config.resolv
             given.workers, shares.MOST if wanted.intercepts else shares.MOST_ALONE
         )
         shares.check(wanted, memory_given=given.memory is not None)
+        wanted.ring_bytes = config.default_ring_bytes(wanted.workers)
     _process(given, wanted, "replay")
     return wanted
 
@@ -156,7 +157,7 @@ def intercept_config(argv: Sequence[str]) -> InterceptConfig:
         raise UsageError(
             "-F is missing", "say which responses are the target's: -F 'tcp and src port 8080'"
         )
-    wanted = InterceptConfig(ring_bytes=4 << 20)
+    wanted = InterceptConfig()
     if given.at is not None:
         wanted.placement = _choice(given.at, "--at", ("auto", "target", "assistant"))
     if given.hook is not None:

@@ -1,11 +1,13 @@
 """What the user asked for: the two configurations, and the parsers that fill them.
 
 Everything here turns text into values and says what is wrong with the text; nothing looks
-at the host (that is guards.py) except the name resolver, which callers may replace.
+at the host (that is guards.py) but for its memory, and for names, by a resolver that callers
+may replace.
 Addresses are 16 bytes, IPv4 as IPv4-mapped (RFC 4291 2.5.5.2), as in the BPF programs.
 """
 
 import ipaddress
+import os
 import re
 import socket
 from collections.abc import Callable
@@ -21,6 +23,12 @@ INTERCEPT_PORT = 36524
 RESPONSE_IDLE_S = 600
 #: What -k adds to -t when it is not given: a session with nothing left to send is kept longer.
 SESSION_IDLE_EXTRA_S = 120
+
+#: Of a capture's rings, and which part of this host's memory they take at most: a burst comes
+#: as fast as the network, and waits in them until it is this process's turn on a busy CPU.
+RING_MOST_BYTES = 128 << 20
+RING_LEAST_BYTES = 1 << 20
+RING_SHARE = 64
 
 _FIRST_USER_PORT = 1024
 _ENTRY_FORM = "write [srcIP:]srcPort-dstIP:dstPort, for example 80-10.0.0.2:8080"
@@ -57,13 +65,21 @@ class ProcessConfig:
     json: bool = False
     interval_s: float = 10.0
     quiet: bool = False
-    ring_bytes: int = 8 << 20  #: power of two; mapped, so it counts as resident memory
+    ring_bytes: int = 4 << 20  #: power of two; mapped, so it counts as resident memory
+
+
+def default_ring_bytes(workers: int = 1) -> int:
+    """What each of so many workers' captures may fill before its records are read."""
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    share = min(memory_bytes // RING_SHARE, RING_MOST_BYTES) // workers
+    return 1 << (max(share, RING_LEAST_BYTES).bit_length() - 1)
 
 
 @dataclass
 class ReplayConfig(ProcessConfig):
     """``pycopy replay``."""
 
+    ring_bytes: int = field(default_factory=default_ring_bytes)
     services: list[Service] = field(default_factory=list)
     intercepts: list[tuple[str, int]] = field(default_factory=list)  #: numeric address, port
     client_pool: list[Network] = field(default_factory=list)

@@ -222,6 +222,11 @@ def _fail(reply: dict[str, Any], said: str, source: str, status: int) -> NoRetur
             )
         case _ if "Operation not permitted" in said or "super-user" in reply.get("text", ""):
             raise HostUnfit(f"the kernel refuses bpf(2) here:\n{tail}", _PRIVILEGES_CURE)
+        case "compile" if "Cannot allocate memory" in said:
+            raise HostUnfit(
+                f"there is no memory for the maps of {source}:\n{tail}",
+                "give it a smaller --ring, or the service or container more memory",
+            )
         case "compile":
             # clang's first error counts, what follows is mostly its consequence.
             head = "\n".join(lines[:_SHOWN_LINES]) or reply["text"]

@@ -27,6 +27,7 @@ class Loop:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
+        self._again: set[int] = set()
 
     def add(self, fd: int, events: int, callback: Callback) -> None:
         self._epoll.register(fd, events)
@@ -35,16 +36,26 @@ class Loop:
     def change(self, fd: int, events: int) -> None:
         self._epoll.modify(fd, events)
 
+    def again(self, fd: int) -> None:
+        """Run its callback within the next wait, ready or not: it has more than it could handle."""
+        self._again.add(fd)
+
     def remove(self, fd: int) -> None:
         """Forget ``fd``; call it before closing the descriptor."""
+        self._again.discard(fd)
         if self._callbacks.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
     def wait(self, deadline_ns: int) -> None:
         """Run what is ready; otherwise sleep until ``deadline_ns`` (CLOCK_MONOTONIC) at most."""
-        timeout_s = (deadline_ns - time.monotonic_ns()) / 1e9
-        callbacks = self._callbacks
-        for fd, events in self._epoll.poll(timeout_s if timeout_s > 0 else 0, _EVENTS_MAX):
+        callbacks, again = self._callbacks, self._again
+        if again:
+            self._again, ready = set(), self._epoll.poll(0, _EVENTS_MAX)
+            ready += [(fd, READ) for fd in again.difference(fd for fd, _ in ready)]
+        else:
+            timeout_s = (deadline_ns - time.monotonic_ns()) / 1e9
+            ready = self._epoll.poll(timeout_s if timeout_s > 0 else 0, _EVENTS_MAX)
+        for fd, events in ready:
             callback = callbacks.get(fd)
             if callback is not None:
                 callback(events)

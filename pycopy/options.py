@@ -317,7 +317,7 @@ def replay_parser() -> Parser:
         metavar="N|auto",
         help="processes among which the flows are spread (1); auto: one for each CPU",
     )
-    _add_process(parser, "replay", "8M")
+    _add_process(parser, "replay", "a 64th of this host's memory, 128M at most")
     for letter, why in REPLAY_REFUSED.items():
         parser.add_argument(letter, action=_Refuse, why=why)
     return parser

@@ -38,6 +38,9 @@ from pycopy.view import View
 
 #: Records taken from a ring before timers and the other inputs get their turn.
 BATCH = 256
+#: The same from a ring that fills faster than that: what is lifted meanwhile keeps it from
+#: running over.
+BUSY_BATCH = 64
 #: Shortest time between two turns of the loop: what arrives meanwhile is one batch, which
 #: saves a wake-up per segment. It bounds what batching adds to a copy's delay.
 COALESCE_NS = 300_000
@@ -57,6 +60,8 @@ START_TIMEOUT_S = 5.0
 NO_INTERCEPT = "NO_INTERCEPT"
 #: Over -m, what sessions hold may be this part of it: the rest is what they are made of.
 SHED_SHARE = 4
+#: And so may what was lifted out of the rings.
+LIFT_SHARE = 4
 #: SYNs without any answer for so long are worth a word.
 SILENCE_NS = 3 * SECOND
 
@@ -92,6 +97,7 @@ class Replay:
         self._stopping = False
         self._finished = False
         self._out_of_memory = False
+        self._lift_bytes = (config.memory_mb << 20) // LIFT_SHARE
         services = ", ".join(map(str, config.services))
         self.view = View(
             self.snapshot, config.interval_s, config.quiet, config.json, f"pycopy replay {services}"
@@ -216,9 +222,12 @@ class Replay:
 
     def _on_capture_ring(self, tap: Tap, _events: int) -> None:
         now_ns = time.monotonic_ns()
-        on_client = self.table.on_client
-        for segment, payload in tap.drain(BATCH):
+        on_client, ring = self.table.on_client, tap.ring
+        ring.lift(self._lift_bytes)
+        for segment, payload in ring.drain(BUSY_BATCH if ring.lifted_bytes else BATCH):
             on_client(segment, payload, now_ns)
+        if ring.lifted_bytes:
+            self._loop.again(ring.fileno())
 
     def _on_response_ring(self, tap: Tap, _events: int) -> None:
         now_ns = time.monotonic_ns()
@@ -348,7 +357,7 @@ class Replay:
                 self._look_at, self._changes_seen = now_ns + LOOK_NS, changes
                 self._watch_host()
         limit_mb = self.config.memory_mb
-        self._out_of_memory = bool(limit_mb) and live.rss_bytes() > limit_mb << 20
+        self._out_of_memory = bool(limit_mb) and live.own_bytes() > limit_mb << 20
         if self._out_of_memory:
             self.table.shed((limit_mb << 20) // SHED_SHARE, time.monotonic_ns())
         self._open_or_close()

@@ -8,6 +8,7 @@ Does not know who fills the ring nor what a segment means.
 """
 
 import mmap
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -42,12 +43,14 @@ class Ring:
     __slots__ = (
         "_consumer",
         "_consumer_page",
+        "_lifted",
         "_map_fd",
         "_mask",
         "_pages",
         "_position",
         "_producer",
         "_words",
+        "lifted_bytes",
     )
 
     def __init__(self, map_fd: int, ring_bytes: int) -> None:
@@ -65,20 +68,49 @@ class Ring:
         self._producer = memoryview(self._pages).cast("Q")
         self._words = memoryview(self._pages).cast("I")
         self._position = self._consumer[0]
+        #: What :meth:`lift` has moved, and how many bytes of memory that takes.
+        self._lifted: deque[tuple[Segment, bytes]] = deque()
+        self.lifted_bytes = 0
 
     def fileno(self) -> int:
         return self._map_fd
 
     def pending_bytes(self) -> int:
-        """Bytes of the ring that are written, or being written, and not yet given back."""
-        return self._producer[0] - self._consumer[0]
+        """Bytes of records that are written, or being written, and not yet consumed."""
+        return self._producer[0] - self._consumer[0] + self.lifted_bytes
+
+    def lift(self, most_bytes: int) -> None:
+        """Move what is in the ring to memory of our own, once it is an eighth of the ring.
+
+        To move a record takes a fraction of the time that handling it does: a burst may be
+        much larger than the ring. At most ``most_bytes`` of records lie in memory.
+        """
+        waiting_bytes = self._producer[0] - self._consumer[0]
+        if waiting_bytes <= self._mask >> 3 or self.lifted_bytes >= most_bytes:
+            return
+        for record in self._drain_ring(waiting_bytes):
+            self._lifted.append(record)
+            self.lifted_bytes += SEGMENT_BYTES + len(record[1])
+            if self.lifted_bytes >= most_bytes:
+                break
 
     def drain(self, limit: int) -> Iterator[tuple[Segment, bytes]]:
         """Up to ``limit`` records that are there now: each segment and its payload.
 
-        Stops at a record that is still being written. What was yielded is consumed, also
-        when the caller stops half-way (and closes or forgets the iterator). One at a time.
+        Stops at a record that is still being written, and where what was lifted ends. What
+        was yielded is consumed, also when the caller stops half-way (and closes or forgets
+        the iterator). One at a time.
         """
+        return self._drain_lifted(limit) if self._lifted else self._drain_ring(limit)
+
+    def _drain_lifted(self, limit: int) -> Iterator[tuple[Segment, bytes]]:
+        lifted = self._lifted
+        for _ in range(min(limit, len(lifted))):
+            segment, payload = lifted.popleft()
+            self.lifted_bytes -= SEGMENT_BYTES + len(payload)
+            yield segment, payload
+
+    def _drain_ring(self, limit: int) -> Iterator[tuple[Segment, bytes]]:
         pages, words, consumer, mask = self._pages, self._words, self._consumer, self._mask
         unpack, new, segment_type = SEGMENT.unpack_from, tuple.__new__, Segment
         position, end = self._position, self._producer[0]

@@ -5,6 +5,7 @@ type. The capture of the online server is a set of taps, and so is the intercept
 zero-route mode. What the segments mean is the session engine's business.
 """
 
+import mmap
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -295,10 +296,19 @@ class SelfIntercept(Everywhere):
 
 
 def rss_bytes() -> int:
-    """Resident memory of this process."""
+    """Resident memory of this process, what is mapped of rings and logs included."""
+    return _statm()[1] * mmap.PAGESIZE
+
+
+def own_bytes() -> int:
+    """The same without what is mapped: what grows with sessions."""
+    _, resident, shared, *_ = _statm()
+    return (resident - shared) * mmap.PAGESIZE
+
+
+def _statm() -> list[int]:
     fd = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        pages = int(os.read(fd, 128).split()[1])
+        return [int(pages) for pages in os.read(fd, 128).split()]
     finally:
         os.close(fd)
-    return pages * os.sysconf("SC_PAGE_SIZE")

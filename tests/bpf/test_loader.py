@@ -106,6 +106,17 @@ def test_what_is_wrong_is_said(tmp_path, body, words):
     assert set(os.listdir("/proc/self/fd")) == before
 
 
+def test_no_memory_for_a_map_is_the_host_s_fault(tmp_path):
+    huge = (
+        "struct page { char bytes[4096]; };\nBPF_ARRAY(huge, struct page, 1 << 30);\n"
+        "int pycopy_bad(PYCOPY_CTX *ctx) { return 0; }"
+    )
+    with pytest.raises(HostUnfit) as caught:
+        loaded(tmp_path, huge, name="bad")
+    assert "no memory for the maps of bad.c" in caught.value.cause
+    assert "--ring" in caught.value.cure
+
+
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory):
     """An interpreter that has no packages: no bcc."""

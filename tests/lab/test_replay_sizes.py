@@ -4,6 +4,8 @@ The servers log a digest of every body and of every connection's whole stream, s
 logs mean that the target was sent exactly the bytes the online server was sent.
 """
 
+import signal
+
 import pytest
 
 from pycopy.lab.copying import Placement
@@ -55,3 +57,19 @@ def test_a_small_mtu_on_the_way_to_the_target(scenario, lab, placement):
                            "scope", "link"])  # fmt: skip
         for role in ("target", "assistant"):
             lab.run(role, ["ip", "link", "set", "dev", "eth0", "mtu", "1500"])
+
+
+def test_a_burst_while_replay_has_no_cpu(scenario):
+    """It waits in the ring, and moves to memory when there is no end of it."""
+    run = scenario(
+        Placement.SELF, 4, servers=((80, "http"),),
+        replay_arguments=("--no-fastpath", "--ring", "32M"),
+    ).start()  # fmt: skip
+    replay = run.copying.replays[0].process
+    replay.send_signal(signal.SIGSTOP)
+    try:
+        run.load(17, 5, uploads=(1_000_003,), answers=(1, 1009))
+    finally:
+        replay.send_signal(signal.SIGCONT)
+    run.load(17, 5, uploads=(1_000_003,), answers=(1, 1009))
+    run.finish()

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from pycopy import cli, options
+from pycopy.config import default_ring_bytes
 from pycopy.errors import UsageError
 from pycopy.inet import map_address
 
@@ -358,6 +359,8 @@ def test_workers():
     assert replay("-x 80-10.0.0.2:8080 --workers 1").memory_mb == 1024
     config = replay("-x 80-10.0.0.2:8080 --workers 30")
     assert (config.workers, config.memory_mb) == (30, 30 * 64)
+    assert config.ring_bytes == default_ring_bytes(30)
+    assert replay("-x 80-10.0.0.2:8080 --workers 30 --ring 1M").ring_bytes == 1 << 20
     assert replay("-x 80-10.0.0.2:8080 -s 10.0.0.3 --workers 64").workers == 64
     cpus = len(os.sched_getaffinity(0))
     assert replay("-x 80-10.0.0.2:8080 --workers auto").workers == min(cpus, 30)

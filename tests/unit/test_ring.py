@@ -206,3 +206,46 @@ def test_closed_while_a_drain_is_half_way(writer):
         next(drain)
         half_way.close()
         drain.close()
+
+
+def test_little_is_not_lifted(ring, writer):
+    writer.write(record(1, bytes(RING_BYTES // 8 - 200)))
+    ring.lift(1 << 20)
+    assert ring.lifted_bytes == 0
+    assert [seq for seq, _ in drained(ring)] == [1]
+
+
+def test_what_is_lifted_gives_room_and_comes_first(ring, writer):
+    for seq in range(1, 6):
+        writer.write(record(seq, bytes([seq]) * 1000))
+    ring.lift(1 << 20)
+    assert writer.consumed == writer.position
+    assert ring.pending_bytes() == ring.lifted_bytes == 5 * (SEGMENT_BYTES + 1000)
+    writer.write(record(6))
+    assert drained(ring, 3) == [(seq, bytes([seq]) * 1000) for seq in (1, 2, 3)]
+    # A drain ends where what was lifted does; what is in the ring is the next one's.
+    assert [seq for seq, _ in drained(ring)] == [4, 5]
+    assert ring.lifted_bytes == 0
+    assert [seq for seq, _ in drained(ring)] == [6]
+    assert ring.pending_bytes() == 0
+
+
+def test_no_more_is_lifted_than_memory_allows(ring, writer):
+    for seq in range(1, 6):
+        writer.write(record(seq, bytes(1000)))
+    ring.lift(2500)
+    assert ring.lifted_bytes == 3 * (SEGMENT_BYTES + 1000)
+    ring.lift(2500)
+    assert ring.lifted_bytes == 3 * (SEGMENT_BYTES + 1000)
+    assert [seq for seq, _ in drained(ring)] == [1, 2, 3]
+    assert [seq for seq, _ in drained(ring)] == [4, 5]
+
+
+def test_lifting_stops_at_a_record_that_is_being_written(ring, writer):
+    writer.write(record(1, bytes(2000)))
+    at = writer.write(record(2, b"late"), BUSY)
+    ring.lift(1 << 20)
+    assert [seq for seq, _ in drained(ring)] == [1]
+    assert ring.pending_bytes() == writer.position - at
+    writer.head(at, len(record(2, b"late")))
+    assert drained(ring) == [(2, b"late")]
