@@ -215,7 +215,7 @@ enum pycopy_left {
 #define PYCOPY_AT_ONCE 1
 
 /* Client segments that one session holds back at most: a list in the log. */
-#define PYCOPY_HELD_MAX 256
+#define PYCOPY_HELD_MAX 4096
 
 struct pycopy_session {
 	struct bpf_spin_lock lock;

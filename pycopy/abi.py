@@ -151,7 +151,7 @@ class Left(IntEnum):
 KNOWN_IRS, KNOWN_NEED, KNOWN_FIN, KNOWN_TIME, KNOWN_SENT = 0x1, 0x2, 0x4, 0x8, 0x10
 KNOWN_OVERLAP = 0x20
 
-HELD_MAX = 256
+HELD_MAX = 4096
 
 
 class KernelSession(NamedTuple):

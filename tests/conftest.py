@@ -30,6 +30,10 @@ def pytest_addoption(parser):
     parser.addoption(
         "--all-tiers", action="store_true", help="fail if in any tier of tests nothing passed"
     )
+    parser.addoption(
+        "--no-fastpath", action="store_true",
+        help="the lab tier with every replay's fast path off, without what tests the fast path",
+    )  # fmt: skip
 
 
 def pytest_configure(config):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pycopy.errors import PycopyError
 
@@ -136,6 +136,9 @@ class Copying:
     ``62.135.200.x``; ``pool_network`` what the target must route for it.
     """
 
+    #: Of every replay besides: tests of everything with something switched off.
+    replay_options: ClassVar[Sequence[str]] = ()
+
     def __init__(
         self,
         lab: Lab,
@@ -165,7 +168,7 @@ class Copying:
             self.intercepts.append(Program(lab, placement.value, line))
         if pool:
             arguments += ["-c", pool]
-        arguments += ["-i", DEVICE, "--json", *replay_arguments]
+        arguments += ["-i", DEVICE, "--json", *self.replay_options, *replay_arguments]
         self.replays = [Program(lab, role, arguments) for role in online]
 
     @property

@@ -6,6 +6,7 @@ the replayer has ended.
 """
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Collection, Mapping
@@ -32,8 +33,13 @@ TAIL_S = 0.5
 _SETTLE_S = 2.0
 #: After a loss TCP repeats in 0.2 s, doubled each time.
 _SETTLE_IMPAIRED_S = 7.0
-#: The load was kept when it was done so soon after its last request was due.
+#: The load was kept when it was done so soon after its last request was due, and by the
+#: replayer, when the target was done so soon after that; its log may be a flush late.
 _KEPT_SHARE = 0.02
+_KEPT_S = 0.05
+_FLUSH_S = 0.1
+#: How often a search for the highest rate looks whether the target is done.
+_LOOK_S = 0.01
 
 
 @dataclass
@@ -51,6 +57,7 @@ class Cell:
     answered: int = 0
     errors: dict[str, int] = field(default_factory=dict)
     behind_s: float = 0.0  #: from when the last request was due to the last answer
+    copies_behind_s: float = 0.0  #: from then to the last request in the target's log
     seconds: float = 0.0  #: of the load
     window_s: float = 0.0
     online: int = 0
@@ -96,9 +103,16 @@ class Cell:
     @property
     def kept(self) -> bool:
         """The servers and the load kept up with the rate."""
-        return self.answered == self.requests and (
-            not self.rate or self.behind_s <= max(0.05, _KEPT_SHARE * self.requests / self.rate)
-        )
+        return self.answered == self.requests and self.behind_s <= self._late_s
+
+    @property
+    def copies_kept(self) -> bool:
+        """So did the replayer: what it does later it could not go on doing."""
+        return self.copies_behind_s <= self._late_s + _FLUSH_S
+
+    @property
+    def _late_s(self) -> float:
+        return max(_KEPT_S, _KEPT_SHARE * self.requests / self.rate) if self.rate else math.inf
 
     @property
     def good(self) -> bool:
@@ -123,11 +137,13 @@ class Bench:
     ) -> Cell:  # fmt: skip
         """Build a lab, run one cell, take everything down."""
         cell = Cell(replayer.name, replayer.kind, load.name, rate, stage, number, loss_percent)
+        # Where the highest rate is searched one worker would be the limit.
+        workers = (os.cpu_count() or 1) if stage == "ceiling" and not self.cpus else 1
         with (
             # A dropped super-segment would be dozens of lost ones.
             Lab(f"pycopy-bench-{os.getpid()}", offloads=not loss_percent, cpus=self.cpus) as lab,
-            Service(lab, "online", SERVICE_PORT, load) as online,
-            Service(lab, "target", TARGET_PORT, load) as target,
+            Service(lab, "online", SERVICE_PORT, load, workers) as online,
+            Service(lab, "target", TARGET_PORT, load, workers) as target,
             Running(replayer, lab) as running,
             contextlib.closing(machine.Programs(running.pids())) as programs,
             _impaired(lab, loss_percent, cell),
@@ -156,6 +172,8 @@ class Bench:
         before = machine.Moment.now()
         to = _SERVERS[replayer.adapter.load_to]
         results = drive(lab, self.program, load, cell.rate, self.seconds, to)
+        if cell.stage == "ceiling":
+            cell.copies_behind_s = _until_copied(target, results[0]["answered"])
         time.sleep(TAIL_S)
         after = machine.Moment.now()
         cell.requests = results[0]["requests"]
@@ -172,6 +190,18 @@ class Bench:
         cell.replay_peak_kb = machine.peak_kb(parts["replay_us"])
         cell.intercept_peak_kb = machine.peak_kb(parts["intercept_us"])
         _take_results(cell, results)
+
+
+def _until_copied(target: Service, requests: int) -> float:
+    """How long it takes until all are in the target's log, or no more have come for a while."""
+    began = moved = time.monotonic()
+    count = target.count()
+    while count < requests and time.monotonic() - moved < _SETTLE_S:
+        time.sleep(_LOOK_S)
+        before, count = count, target.count()
+        if count != before:
+            moved = time.monotonic()
+    return moved - began
 
 
 def _take_results(cell: Cell, results: list[dict[str, Any]]) -> None:

@@ -115,7 +115,7 @@ def _command(
 #: lay for a tenth of a second.
 _CONF = """\
 user root;
-worker_processes 1;
+worker_processes {workers};
 worker_rlimit_nofile 65536;
 daemon off;
 pid {dir}/nginx.pid;
@@ -153,15 +153,16 @@ http {{
 class Service(Nginx):
     """The nginx of :mod:`pycopy.lab.servers`, counted cheaply and reading uploads."""
 
-    def __init__(self, lab: Lab, role: str, port: int, load: Load) -> None:
+    def __init__(self, lab: Lab, role: str, port: int, load: Load, workers: int) -> None:
         super().__init__(lab, role, port, (load.answer_bytes,))
         self._load = load
+        self._workers = workers
 
     def _prepare(self) -> None:
         super()._prepare()
         taken = "x" * (self._load.answer_bytes if self._load.upload_bytes else 1)
         (self.dir / "nginx.conf").write_text(
-            _CONF.format(dir=self.dir, port=self.port, taken=taken)
+            _CONF.format(dir=self.dir, port=self.port, taken=taken, workers=self._workers)
         )
 
     def count(self) -> int:

@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 import time
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,19 @@ _TCX = {"tcx ingress": link.TCX_INGRESS, "tcx egress": link.TCX_EGRESS}
 def _root():
     if os.geteuid() != 0:
         pytest.fail("the lab tier makes network namespaces: run it as root", pytrace=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fastpath(pytestconfig):
+    if pytestconfig.getoption("--no-fastpath"):
+        Copying.replay_options = ("--no-fastpath",)
+
+
+def pytest_collection_modifyitems(config, items):
+    """What tests the fast path itself needs it."""
+    if config.getoption("--no-fastpath"):
+        own = set(Path(__file__).parent.glob("test_fastpath*.py"))
+        items[:] = [item for item in items if item.path not in own]
 
 
 @pytest.fixture(scope="module")
