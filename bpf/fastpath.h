@@ -154,7 +154,8 @@ static __always_inline int pycopy_free_lingering(struct pycopy_session *s,
 }
 
 /* Who had this connection to the target before is over, and only waits for what may come
- * late: it gives way (the client's port is used again).  Zero: the connection is `flow`'s.
+ * late: it gives way (the client's port is used again, or every port of ours was).  Zero: the
+ * connection is `flow`'s.
  */
 static __always_inline long pycopy_take_over(struct pycopy_key *key,
 					     const struct pycopy_flow *flow)
@@ -184,6 +185,7 @@ static __always_inline int pycopy_open(PYCOPY_CTX *ctx, struct pycopy_packet *pa
 	struct pycopy_session *s;
 	u64 now_ns = work->now_ns, *next_port;
 	u32 slot, mss = segment->mss ? segment->mss : 0xffff;
+	int is_named = 0;
 	long failed = -1;
 
 	/* The copy has the client's header, and a client without options has no room for ours. */
@@ -212,6 +214,7 @@ static __always_inline int pycopy_open(PYCOPY_CTX *ctx, struct pycopy_packet *pa
 			if (!port)
 				break;
 			__builtin_memcpy(key->client_port, port, sizeof(key->client_port));
+			is_named = 1;
 			failed = pycopy_update(PYCOPY_MAP_TARGETS, key, &work->flow, PYCOPY_NOEXIST);
 			if (!failed)
 				break;
@@ -220,10 +223,11 @@ static __always_inline int pycopy_open(PYCOPY_CTX *ctx, struct pycopy_packet *pa
 					  config)) {
 		__builtin_memcpy(key->client_port, segment->key.client_port,
 				 sizeof(key->client_port));
+		is_named = 1;
 		failed = pycopy_update(PYCOPY_MAP_TARGETS, key, &work->flow, PYCOPY_NOEXIST);
-		if (failed)
-			failed = pycopy_take_over(key, &work->flow);
 	}
+	if (failed && is_named)
+		failed = pycopy_take_over(key, &work->flow);
 	if (failed) {
 		pycopy_map_push(PYCOPY_MAP(PYCOPY_MAP_SLOTS), &slot, 0);
 		return PYCOPY_TO_USER;

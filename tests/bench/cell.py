@@ -137,13 +137,12 @@ class Bench:
     ) -> Cell:  # fmt: skip
         """Build a lab, run one cell, take everything down."""
         cell = Cell(replayer.name, replayer.kind, load.name, rate, stage, number, loss_percent)
-        # Where the highest rate is searched one worker would be the limit.
-        workers = (os.cpu_count() or 1) if stage == "ceiling" and not self.cpus else 1
+        cores = _cores(stage, self.cpus)
         with (
             # A dropped super-segment would be dozens of lost ones.
             Lab(f"pycopy-bench-{os.getpid()}", offloads=not loss_percent, cpus=self.cpus) as lab,
-            Service(lab, "online", SERVICE_PORT, load, workers) as online,
-            Service(lab, "target", TARGET_PORT, load, workers) as target,
+            Service(lab, "online", SERVICE_PORT, load, cores) as online,
+            Service(lab, "target", TARGET_PORT, load, cores) as target,
             Running(replayer, lab) as running,
             contextlib.closing(machine.Programs(running.pids())) as programs,
             _impaired(lab, loss_percent, cell),
@@ -171,7 +170,8 @@ class Bench:
         spent = {name: machine.trees_ns(pids) for name, pids in parts.items()}
         before = machine.Moment.now()
         to = _SERVERS[replayer.adapter.load_to]
-        results = drive(lab, self.program, load, cell.rate, self.seconds, to)
+        cores = _cores(cell.stage, self.cpus)
+        results = drive(lab, self.program, load, cell.rate, self.seconds, to, cores)
         if cell.stage == "ceiling":
             cell.copies_behind_s = _until_copied(target, results[0]["answered"])
         time.sleep(TAIL_S)
@@ -190,6 +190,11 @@ class Bench:
         cell.replay_peak_kb = machine.peak_kb(parts["replay_us"])
         cell.intercept_peak_kb = machine.peak_kb(parts["intercept_us"])
         _take_results(cell, results)
+
+
+def _cores(stage: str, cpus: Mapping[str, Collection[int]]) -> int:
+    """How many workers a server has, and programs the load: one, unless that were the limit."""
+    return (os.cpu_count() or 1) if stage == "ceiling" and not cpus else 1
 
 
 def _until_copied(target: Service, requests: int) -> float:

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +71,21 @@ def compiled() -> Iterator[Path]:
 
 
 def drive(
-    lab: Lab, program: Path, load: Load, rate: int, seconds: float, to: Sequence[tuple[str, int]]
-) -> list[dict[str, Any]]:
-    """Run it to its end, towards each server at once; what was printed.
+    lab: Lab, program: Path, load: Load, rate: int, seconds: float, to: Sequence[tuple[str, int]],
+    programs: int = 1,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Run it to its end, towards each server at once; what was printed, of each server.
 
-    Nothing is polled meanwhile: that would cost CPU.
+    ``programs`` share it: one keeps no more than one CPU busy. Nothing is polled meanwhile,
+    that would cost CPU.
     """
+    part = replace(load, connections=load.connections // programs)
     clients = [
         lab.popen(
-            "client", _command(lab, program, load, rate, seconds, role, port),
+            "client", _command(lab, program, part, rate // programs, seconds, role, port),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
-        for role, port in to
+        for role, port in to for _ in range(programs)
     ]  # fmt: skip
     results = []
     for client in clients:
@@ -92,7 +95,18 @@ def drive(
         except ValueError:
             said = err.decode(errors="replace")[-400:]
             raise PycopyError(f"the load broke off: {said}") from None
-    return results
+    return [_merged(results[at : at + programs]) for at in range(0, len(results), programs)]
+
+
+def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One load that several programs have shared: its sums, and the slowest one's times."""
+    worst = max(parts, key=lambda part: part["latency_us"]["p99"])
+    errors: Counter[str] = Counter()
+    for part in parts:
+        errors.update(part["errors"])
+    sums = {what: sum(part[what] for part in parts) for what in ("requests", "answered", "cpu_s")}
+    latest = {what: max(part[what] for part in parts) for what in ("seconds", "behind_s")}
+    return {**worst, **sums, **latest, "errors": dict(errors)}
 
 
 def _command(

@@ -8,6 +8,7 @@ import pytest
 from pycopy import abi
 from pycopy.abi import Owner
 from pycopy.session.addresses import PooledAddresses
+from pycopy.session.states import State
 from tests.bpf.fast import TARGET, TARGET_PORT, Bench
 from tests.bpf.harness import Namespaces, mapped
 
@@ -92,3 +93,25 @@ def test_a_taken_connection_is_user_spaces_to_avoid(bench, family):
     assert bench.kernel.claim(key)
     assert syn_of(bench, connection, client) is None
     bench.kernel.release(key)
+
+
+@pytest.mark.parametrize("family", (4, 6))
+def test_when_every_port_was_used_the_one_that_lingers_gives_way(bench, family):
+    bench.kernel.use_ports([20007])
+    try:
+        first, second, third = (bench.connection(family) for _ in range(3))
+        first.open()
+        free = bench.free_slots()
+        frame = second.client_frame("S", options=second._options)
+        assert bench.client(frame) == []  # nor is there a lingering one: user space's
+        assert len(bench.capture.records()) == 1
+        (fin,) = first.ask(b"", "FA")
+        assert "F" in fin.flags
+        assert [each.flags for each in first.answer(b"", "FA")] == ["A"]
+        assert first.state().state == State.TIME_WAIT.value
+        third.open()
+        assert (third.copy_port, bench.free_slots()) == (20007, free)
+        third.exchange(b"request", b"answer")
+        bench.clear()
+    finally:
+        bench.kernel.use_ports([])

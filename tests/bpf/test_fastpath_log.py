@@ -1,32 +1,42 @@
 """The log of sent segments: given up in order, never too early; when it is full, sessions leave."""
 
+import contextlib
 import os
 import random
 
 import pytest
 
-from pycopy.abi import LOG_CPU_SHIFT, FastCount, Left
+from pycopy.abi import HELD_MAX, LOG_CPU_SHIFT, FastCount, Left
 from pycopy.fastpath import maps as maps_module
 from tests.bpf.fast import Bench
 from tests.bpf.harness import Namespaces
 
+#: Small, so that it is full soon; with room for as many records as one session may hold.
 LOG_BYTES = 1 << 16
+HELD_LOG_BYTES = 1 << 20
 MATERIAL = bytes(number * 7 & 0xFF for number in range(70_000))
 
 
-@pytest.fixture(scope="module")
-def bench():
+@contextlib.contextmanager
+def logging(log_bytes):
+    """A bench whose logs have so many bytes."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(maps_module, "LOG_TOTAL_BYTES", LOG_BYTES * os.cpu_count())
-    patch.setattr(maps_module, "LOG_MIN_BYTES", LOG_BYTES)
+    patch.setattr(maps_module, "LOG_TOTAL_BYTES", log_bytes * os.cpu_count())
+    patch.setattr(maps_module, "LOG_MIN_BYTES", log_bytes)
     namespaces = Namespaces()
     namespaces.new()
     made = Bench()
     patch.undo()
-    assert made.kernel.maps.log_bytes == LOG_BYTES
+    assert made.kernel.maps.log_bytes == log_bytes
     yield made
     made.close()
     namespaces.close()
+
+
+@pytest.fixture(scope="module")
+def bench():
+    with logging(LOG_BYTES) as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -144,3 +154,22 @@ def test_a_sessions_segments_may_be_in_the_logs_of_all_cpus(bench):
     assert [data for _, data in logged][-8:] == [b"%d" % n * 100 for n in range(8)]
     assert {record.before >> LOG_CPU_SHIFT for record, _ in logged[-7:]} == {0, 1}
     bench.disown(session)
+
+
+def test_a_session_holds_so_many_and_leaves_with_all_of_them():
+    with logging(HELD_LOG_BYTES) as roomy:
+        connection = roomy.connection(4)
+        connection.open()
+        exchange(connection, b"first")
+        connection.answered_online(100)
+        requests = [b"%d" % number for number in range(HELD_MAX)]
+        for request in requests:
+            assert connection.ask(request) == []
+        assert connection.state().held == HELD_MAX and not roomy.left()
+        assert connection.ask(b"one more") == []
+        assert roomy.left() == {Left.QUEUE: 1}
+        ((_, payload),) = roomy.capture.records()
+        assert payload == b"one more"
+        ((session, logged),) = roomy.kernel_sessions()
+        assert [data for _, data in logged][-HELD_MAX:] == requests
+        roomy.disown(session)
