@@ -88,7 +88,7 @@ class Ring:
         waiting_bytes = self._producer[0] - self._consumer[0]
         if waiting_bytes <= self._mask >> 3 or self.lifted_bytes >= most_bytes:
             return
-        for record in self._drain_ring(waiting_bytes):
+        for record in self._drain_ring(waiting_bytes):  # no more records than bytes
             self._lifted.append(record)
             self.lifted_bytes += SEGMENT_BYTES + len(record[1])
             if self.lifted_bytes >= most_bytes:
