@@ -65,7 +65,7 @@ class ProcessConfig:
     json: bool = False
     interval_s: float = 10.0
     quiet: bool = False
-    ring_bytes: int = 4 << 20  #: power of two; mapped, so it counts as resident memory
+    ring_bytes: int = 4 << 20  #: of kernel memory; a power of two
 
 
 def default_ring_bytes(workers: int = 1) -> int:

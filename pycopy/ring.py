@@ -1,8 +1,9 @@
 """A BPF ring buffer, mapped and read by ourselves: a callback per record costs several times more.
 
 The kernel writes records and moves the producer's position; we read and move the
-consumer's, which is what gives the room back. The data pages are mapped twice in a row,
-so no record is ever cut at the end. Hot path: see the rules at the top of pycopy.wire.
+consumer's, which is what gives the room back. The kernel has the data pages twice in a row,
+so no record is ever cut at the end. What is mapped counts as resident memory: of a large ring
+that is a window, which moves along. Hot path: see the rules at the top of pycopy.wire.
 
 Does not know who fills the ring nor what a segment means.
 """
@@ -23,12 +24,10 @@ _LENGTH = _DISCARD - 1
 #: Give room back every 64 records within one drain.
 _COMMIT_MASK = 63
 
-#: The first record's content, and its head as a word, in what is mapped behind the consumer's
-#: page: one page with the producer's position, then the data.
-_FIRST = mmap.PAGESIZE + _HEAD_BYTES
-_FIRST_WORD = mmap.PAGESIZE // 4
+#: Of the ring at a time.
+WINDOW_BYTES = 4 << 20
 
-#: Longest record, in whole pages.
+#: Longest record, in whole pages: what may reach out of the window.
 _OVERLAP_BYTES = -(-(_HEAD_BYTES + SEGMENT_BYTES + PIECE_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 _PAYLOAD_BYTES = Segment._fields.index("payload_bytes")
@@ -49,6 +48,9 @@ class Ring:
         "_pages",
         "_position",
         "_producer",
+        "_producer_page",
+        "_start",
+        "_window",
         "_words",
         "lifted_bytes",
     )
@@ -59,18 +61,31 @@ class Ring:
         self._mask = ring_bytes - 1
         self._consumer_page = mmap.mmap(map_fd, page)
         self._consumer = memoryview(self._consumer_page).cast("Q")
-        # Of the second copy of the data only what the longest record can reach into: what is
-        # mapped counts as resident, and a ring should not count twice.
-        self._pages = mmap.mmap(
-            map_fd, page + ring_bytes + min(_OVERLAP_BYTES, ring_bytes), prot=mmap.PROT_READ,
-            offset=page,
-        )  # fmt: skip
-        self._producer = memoryview(self._pages).cast("Q")
-        self._words = memoryview(self._pages).cast("I")
+        self._producer_page = mmap.mmap(map_fd, page, prot=mmap.PROT_READ, offset=page)
+        self._producer = memoryview(self._producer_page).cast("Q")
+        self._window = min(WINDOW_BYTES, ring_bytes)
+        self._start = 0
+        self._map()
         self._position = self._consumer[0]
         #: What :meth:`lift` has moved, and how many bytes of memory that takes.
         self._lifted: deque[tuple[Segment, bytes]] = deque()
         self.lifted_bytes = 0
+
+    def _map(self) -> None:
+        """Map the window that begins at ``_start``, and what a record may reach beyond it."""
+        self._pages = mmap.mmap(
+            self._map_fd, self._window + min(_OVERLAP_BYTES, self._mask + 1),
+            prot=mmap.PROT_READ, offset=2 * mmap.PAGESIZE + self._start,
+        )  # fmt: skip
+        self._words = memoryview(self._pages).cast("I")
+
+    def _move(self, offset: int) -> tuple[mmap.mmap, memoryview, int]:
+        """Map the window that has ``offset``: its bytes, its words, and where it begins."""
+        self._words.release()
+        self._pages.close()
+        self._start = offset & -self._window
+        self._map()
+        return self._pages, self._words, self._start
 
     def fileno(self) -> int:
         return self._map_fd
@@ -111,20 +126,24 @@ class Ring:
             yield segment, payload
 
     def _drain_ring(self, limit: int) -> Iterator[tuple[Segment, bytes]]:
-        pages, words, consumer, mask = self._pages, self._words, self._consumer, self._mask
+        pages, words, start = self._pages, self._words, self._start
+        consumer, mask, window = self._consumer, self._mask, self._window
         unpack, new, segment_type = SEGMENT.unpack_from, tuple.__new__, Segment
         position, end = self._position, self._producer[0]
         left = limit
         try:
             while left and position < end:
-                offset = position & mask
-                head = words[_FIRST_WORD + (offset >> 2)]
+                offset = (position & mask) - start
+                if not 0 <= offset < window:
+                    pages, words, start = self._move(offset + start)
+                    offset = (position & mask) - start
+                head = words[offset >> 2]
                 if head & _BUSY:
                     break
                 position += ((head & _LENGTH) + _HEAD_BYTES + 7) & ~7
                 if head & _DISCARD:
                     continue
-                offset += _FIRST
+                offset += _HEAD_BYTES
                 fields = unpack(pages, offset)
                 payload_bytes = fields[_PAYLOAD_BYTES]
                 offset += SEGMENT_BYTES
@@ -141,19 +160,23 @@ class Ring:
 
     def drain_raw(self, limit: int) -> Iterator[bytes]:
         """As :meth:`drain`, but each record's struct pycopy_segment as it is, for the channel."""
-        pages, words, consumer, mask = self._pages, self._words, self._consumer, self._mask
+        pages, words, start = self._pages, self._words, self._start
+        consumer, mask, window = self._consumer, self._mask, self._window
         position, end = self._position, self._producer[0]
         left = limit
         try:
             while left and position < end:
-                offset = position & mask
-                head = words[_FIRST_WORD + (offset >> 2)]
+                offset = (position & mask) - start
+                if not 0 <= offset < window:
+                    pages, words, start = self._move(offset + start)
+                    offset = (position & mask) - start
+                head = words[offset >> 2]
                 if head & _BUSY:
                     break
                 position += ((head & _LENGTH) + _HEAD_BYTES + 7) & ~7
                 if head & _DISCARD:
                     continue
-                offset += _FIRST
+                offset += _HEAD_BYTES
                 left -= 1
                 if not left & _COMMIT_MASK:
                     consumer[0] = position
@@ -168,5 +191,5 @@ class Ring:
         """Unmap; the descriptor is closed by whoever opened it."""
         for view in (self._consumer, self._producer, self._words):
             view.release()
-        self._pages.close()
-        self._consumer_page.close()
+        for pages in (self._pages, self._producer_page, self._consumer_page):
+            pages.close()

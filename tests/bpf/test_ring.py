@@ -11,6 +11,7 @@ import time
 import pytest
 
 from pycopy import link
+from pycopy import ring as ring_module
 from pycopy.abi import KIND_CLIENT, SEGMENT, SEGMENT_BYTES, Segment
 from pycopy.loader import Hook, attach, load
 from pycopy.ring import Ring
@@ -71,8 +72,10 @@ def module(tmp_path, payload_bytes):
     module.close()
 
 
-@pytest.fixture
-def ring(module):
+@pytest.fixture(params=[RING_BYTES, RING_BYTES // 4], ids=["whole", "a window"])
+def ring(module, request, monkeypatch):
+    """Mapped as a whole, or a quarter of it at a time."""
+    monkeypatch.setattr(ring_module, "WINDOW_BYTES", request.param)
     ring = Ring(module.maps["segments"].fd, RING_BYTES)
     yield ring
     ring.close()

@@ -10,6 +10,7 @@ import struct
 
 import pytest
 
+from pycopy import ring as ring_module
 from pycopy.abi import KIND_CLIENT, SEGMENT, SEGMENT_BYTES, Segment
 from pycopy.ring import Ring
 
@@ -58,8 +59,10 @@ def writer():
     os.close(writer.fd)
 
 
-@pytest.fixture
-def ring(writer):
+@pytest.fixture(params=[RING_BYTES, RING_BYTES // 2], ids=["whole", "a window"])
+def ring(writer, request, monkeypatch):
+    """Mapped as a whole, or half of it at a time."""
+    monkeypatch.setattr(ring_module, "WINDOW_BYTES", request.param)
     ring = Ring(writer.fd, RING_BYTES)
     yield ring
     ring.close()
