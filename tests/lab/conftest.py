@@ -39,10 +39,14 @@ def _fastpath(pytestconfig):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What tests the fast path itself needs it."""
+    """What tests the fast path itself needs it: whole files, and cases that are ``fast``."""
     if config.getoption("--no-fastpath"):
         own = set(Path(__file__).parent.glob("test_fastpath*.py"))
-        items[:] = [item for item in items if item.path not in own]
+        items[:] = [item for item in items if item.path not in own and not _is_fast(item)]
+
+
+def _is_fast(item):
+    return hasattr(item, "callspec") and item.callspec.params.get("fast") is True
 
 
 @pytest.fixture(scope="module")
