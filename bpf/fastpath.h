@@ -185,7 +185,6 @@ static __always_inline int pycopy_open(PYCOPY_CTX *ctx, struct pycopy_packet *pa
 	struct pycopy_session *s;
 	u64 now_ns = work->now_ns, *next_port;
 	u32 slot, mss = segment->mss ? segment->mss : 0xffff;
-	int is_named = 0;
 	long failed = -1;
 
 	/* The copy has the client's header, and a client without options has no room for ours. */
@@ -214,7 +213,6 @@ static __always_inline int pycopy_open(PYCOPY_CTX *ctx, struct pycopy_packet *pa
 			if (!port)
 				break;
 			__builtin_memcpy(key->client_port, port, sizeof(key->client_port));
-			is_named = 1;
 			failed = pycopy_update(PYCOPY_MAP_TARGETS, key, &work->flow, PYCOPY_NOEXIST);
 			if (!failed)
 				break;
@@ -223,10 +221,9 @@ static __always_inline int pycopy_open(PYCOPY_CTX *ctx, struct pycopy_packet *pa
 					  config)) {
 		__builtin_memcpy(key->client_port, segment->key.client_port,
 				 sizeof(key->client_port));
-		is_named = 1;
 		failed = pycopy_update(PYCOPY_MAP_TARGETS, key, &work->flow, PYCOPY_NOEXIST);
 	}
-	if (failed && is_named)
+	if (failed == PYCOPY_EXISTS)
 		failed = pycopy_take_over(key, &work->flow);
 	if (failed) {
 		pycopy_map_push(PYCOPY_MAP(PYCOPY_MAP_SLOTS), &slot, 0);

@@ -25,7 +25,8 @@ static long (*const pycopy_ring_output)(u64 ring, void *data, u64 bytes, u64 fla
 #define pycopy_update(fd, key, value, flags)   pycopy_map_update(PYCOPY_MAP(fd), key, value, flags)
 #define pycopy_delete(fd, key)		       pycopy_map_delete(PYCOPY_MAP(fd), key)
 
-#define PYCOPY_NOEXIST 1 /* BPF_NOEXIST */
+#define PYCOPY_NOEXIST 1   /* BPF_NOEXIST */
+#define PYCOPY_EXISTS  -17 /* -EEXIST: what an update with it says then */
 
 static __always_inline struct pycopy_fast_config *pycopy_config(void)
 {

@@ -49,12 +49,11 @@ class Loop:
     def wait(self, deadline_ns: int) -> None:
         """Run what is ready; otherwise sleep until ``deadline_ns`` (CLOCK_MONOTONIC) at most."""
         callbacks, again = self._callbacks, self._again
+        timeout_s = 0 if again else (deadline_ns - time.monotonic_ns()) / 1e9
+        ready = self._epoll.poll(timeout_s if timeout_s > 0 else 0, _EVENTS_MAX)
         if again:
-            self._again, ready = set(), self._epoll.poll(0, _EVENTS_MAX)
+            self._again = set()
             ready += [(fd, READ) for fd in again.difference(fd for fd, _ in ready)]
-        else:
-            timeout_s = (deadline_ns - time.monotonic_ns()) / 1e9
-            ready = self._epoll.poll(timeout_s if timeout_s > 0 else 0, _EVENTS_MAX)
         for fd, events in ready:
             callback = callbacks.get(fd)
             if callback is not None:

@@ -58,10 +58,9 @@ SETTLE_NS = SECOND // 5
 START_TIMEOUT_S = 5.0
 #: Why segments are not sent, in the ledger, beside the names of errno.
 NO_INTERCEPT = "NO_INTERCEPT"
-#: Over -m, what sessions hold may be this part of it: the rest is what they are made of.
-SHED_SHARE = 4
-#: And so may what was lifted out of the rings.
-LIFT_SHARE = 4
+#: This part of -m is for what sessions hold, once it is exceeded, and as much for what is lifted
+#: out of the rings: the rest is what sessions are made of.
+PAYLOAD_SHARE = 4
 #: SYNs without any answer for so long are worth a word.
 SILENCE_NS = 3 * SECOND
 
@@ -97,7 +96,7 @@ class Replay:
         self._stopping = False
         self._finished = False
         self._out_of_memory = False
-        self._lift_bytes = (config.memory_mb << 20) // LIFT_SHARE
+        self._payload_bytes = (config.memory_mb << 20) // PAYLOAD_SHARE
         services = ", ".join(map(str, config.services))
         self.view = View(
             self.snapshot, config.interval_s, config.quiet, config.json, f"pycopy replay {services}"
@@ -223,7 +222,7 @@ class Replay:
     def _on_capture_ring(self, tap: Tap, _events: int) -> None:
         now_ns = time.monotonic_ns()
         on_client, ring = self.table.on_client, tap.ring
-        ring.lift(self._lift_bytes)
+        ring.lift(self._payload_bytes)
         for segment, payload in ring.drain(BUSY_BATCH if ring.lifted_bytes else BATCH):
             on_client(segment, payload, now_ns)
         if ring.lifted_bytes:
@@ -359,7 +358,7 @@ class Replay:
         limit_mb = self.config.memory_mb
         self._out_of_memory = bool(limit_mb) and live.own_bytes() > limit_mb << 20
         if self._out_of_memory:
-            self.table.shed((limit_mb << 20) // SHED_SHARE, time.monotonic_ns())
+            self.table.shed(self._payload_bytes, time.monotonic_ns())
         self._open_or_close()
 
     def _notice_silence(self) -> None:

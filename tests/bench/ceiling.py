@@ -56,7 +56,7 @@ def verdict(cell: Cell) -> str:
         wrong.append("the service failed: " + ", ".join(cell.errors))
     if not cell.kept:
         wrong.append(f"the service fell behind by {cell.behind_s:.2f} s")
-    if cell.kind not in ("baseline", "floor") and not cell.copies_kept:
+    if not cell.copies_kept:
         wrong.append(f"the copies fell behind by {cell.copies_behind_s:.2f} s")
     return "; ".join(wrong)
 

@@ -57,7 +57,8 @@ class Cell:
     answered: int = 0
     errors: dict[str, int] = field(default_factory=dict)
     behind_s: float = 0.0  #: from when the last request was due to the last answer
-    copies_behind_s: float = 0.0  #: from then to the last request in the target's log
+    #: From then until all were in the target's log, or none came any more.
+    copies_behind_s: float = 0.0
     seconds: float = 0.0  #: of the load
     window_s: float = 0.0
     online: int = 0
@@ -137,12 +138,13 @@ class Bench:
     ) -> Cell:  # fmt: skip
         """Build a lab, run one cell, take everything down."""
         cell = Cell(replayer.name, replayer.kind, load.name, rate, stage, number, loss_percent)
-        cores = _cores(stage, self.cpus)
+        # One, unless that were what a search for the highest rate finds.
+        workers = (os.cpu_count() or 1) if stage == "ceiling" and not self.cpus else 1
         with (
             # A dropped super-segment would be dozens of lost ones.
             Lab(f"pycopy-bench-{os.getpid()}", offloads=not loss_percent, cpus=self.cpus) as lab,
-            Service(lab, "online", SERVICE_PORT, load, cores) as online,
-            Service(lab, "target", TARGET_PORT, load, cores) as target,
+            Service(lab, "online", SERVICE_PORT, load, workers) as online,
+            Service(lab, "target", TARGET_PORT, load, workers) as target,
             Running(replayer, lab) as running,
             contextlib.closing(machine.Programs(running.pids())) as programs,
             _impaired(lab, loss_percent, cell),
@@ -170,10 +172,12 @@ class Bench:
         spent = {name: machine.trees_ns(pids) for name, pids in parts.items()}
         before = machine.Moment.now()
         to = _SERVERS[replayer.adapter.load_to]
-        cores = _cores(cell.stage, self.cpus)
-        results = drive(lab, self.program, load, cell.rate, self.seconds, to, cores)
-        if cell.stage == "ceiling":
-            cell.copies_behind_s = _until_copied(target, results[0]["answered"])
+        # As many as the servers have workers: neither alone may be the limit.
+        results = drive(lab, self.program, load, cell.rate, self.seconds, to, online.workers)
+        if cell.stage == "ceiling" and cell.kind not in ("baseline", "floor"):
+            done_s = time.monotonic()
+            wait_settled(target.count, results[0]["answered"], _SETTLE_S, _LOOK_S)
+            cell.copies_behind_s = time.monotonic() - done_s
         time.sleep(TAIL_S)
         after = machine.Moment.now()
         cell.requests = results[0]["requests"]
@@ -190,23 +194,6 @@ class Bench:
         cell.replay_peak_kb = machine.peak_kb(parts["replay_us"])
         cell.intercept_peak_kb = machine.peak_kb(parts["intercept_us"])
         _take_results(cell, results)
-
-
-def _cores(stage: str, cpus: Mapping[str, Collection[int]]) -> int:
-    """How many workers a server has, and programs the load: one, unless that were the limit."""
-    return (os.cpu_count() or 1) if stage == "ceiling" and not cpus else 1
-
-
-def _until_copied(target: Service, requests: int) -> float:
-    """How long it takes until all are in the target's log, or no more have come for a while."""
-    began = moved = time.monotonic()
-    count = target.count()
-    while count < requests and time.monotonic() - moved < _SETTLE_S:
-        time.sleep(_LOOK_S)
-        before, count = count, target.count()
-        if count != before:
-            moved = time.monotonic()
-    return moved - began
 
 
 def _take_results(cell: Cell, results: list[dict[str, Any]]) -> None:

@@ -170,13 +170,13 @@ class Service(Nginx):
     def __init__(self, lab: Lab, role: str, port: int, load: Load, workers: int) -> None:
         super().__init__(lab, role, port, (load.answer_bytes,))
         self._load = load
-        self._workers = workers
+        self.workers = workers
 
     def _prepare(self) -> None:
         super()._prepare()
         taken = "x" * (self._load.answer_bytes if self._load.upload_bytes else 1)
         (self.dir / "nginx.conf").write_text(
-            _CONF.format(dir=self.dir, port=self.port, taken=taken, workers=self._workers)
+            _CONF.format(dir=self.dir, port=self.port, taken=taken, workers=self.workers)
         )
 
     def count(self) -> int:

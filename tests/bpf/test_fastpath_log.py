@@ -18,7 +18,7 @@ MATERIAL = bytes(number * 7 & 0xFF for number in range(70_000))
 
 
 @contextlib.contextmanager
-def logging(log_bytes):
+def logs_of(log_bytes):
     """A bench whose logs have so many bytes."""
     patch = pytest.MonkeyPatch()
     patch.setattr(maps_module, "LOG_TOTAL_BYTES", log_bytes * os.cpu_count())
@@ -28,14 +28,13 @@ def logging(log_bytes):
     made = Bench()
     patch.undo()
     assert made.kernel.maps.log_bytes == log_bytes
-    yield made
-    made.close()
-    namespaces.close()
+    with contextlib.closing(namespaces), contextlib.closing(made):
+        yield made
 
 
 @pytest.fixture(scope="module")
 def bench():
-    with logging(LOG_BYTES) as made:
+    with logs_of(LOG_BYTES) as made:
         yield made
 
 
@@ -157,7 +156,7 @@ def test_a_sessions_segments_may_be_in_the_logs_of_all_cpus(bench):
 
 
 def test_a_session_holds_so_many_and_leaves_with_all_of_them():
-    with logging(HELD_LOG_BYTES) as roomy:
+    with logs_of(HELD_LOG_BYTES) as roomy:
         connection = roomy.connection(4)
         connection.open()
         exchange(connection, b"first")
