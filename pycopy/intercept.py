@@ -120,9 +120,9 @@ class Intercept:
         self._stack.callback(self._relays.close)
         for tap in self._taps:
             self._put_to_use(tap)
+        signals.at_once = False  # who reads "ready" may end it in order
         messages.say(f"ready: waiting for replays on port {self._server.port}")
         daemon.ready()
-        signals.at_once = False
         self.view.start()
         try:
             self._serve()

@@ -125,6 +125,8 @@ class Replay:
             self._egress.path_mss, time.monotonic_ns(),
         )  # fmt: skip
         self._attach()
+        # Before anybody hears that it runs: who reads "ready" may end it in order.
+        self._signals.at_once = False
 
     def _attach(self) -> None:
         """With the fast path if this host can have it; if not, say so once."""
@@ -271,7 +273,6 @@ class Replay:
 
     def run(self) -> None:
         """Copy until told to stop, then drain."""
-        self._signals.at_once = False
         while not self._stopping:
             self._turn()
         self._draining = True

@@ -29,7 +29,7 @@ class Signals:
         self._on_end = on_end
         self._others = dict(others)
         self._ended = 0
-        #: Set it while starting, when no loop is running yet.
+        #: True while starting, when no loop is running yet; False before "ready" is said.
         self.at_once = False
         #: A worker hears the same end from several sides, and waits for its master's word.
         self.second_ends = True

@@ -121,9 +121,9 @@ class Master:
             if self._failure is not None:
                 raise self._failure
         self._started = True
+        self._signals.at_once = False  # who reads "ready" may end it in order
         say(self._banner())
         daemon.ready()
-        self._signals.at_once = False
         self.view.start()
         while any(child.alive for child in self.children):
             self._turn()
