@@ -159,22 +159,29 @@ static __always_inline int pycopy_expire_oldest(struct pycopy_work *work)
 	return 1;
 }
 
-/* release.forgive(): from here on the target's shorter answer counts as the whole one. */
+/* release.forgive(): from here on the target's shorter answer counts as the whole one.
+ * Where it owes much, a close waits for the longest silence (release.owes_much).
+ */
 static __always_inline int pycopy_forgive(struct pycopy_session *s, struct pycopy_work *work,
 					  const struct pycopy_fast_config *config, u64 *counts)
 {
 	u64 at = s->held_at;
 	struct pycopy_log_record *record = pycopy_log_find(at);
-	int forgiven = 0;
+	int forgiven = 0, in_a_hurry, much;
 	s32 owed;
 
 	if (!record)
 		return 0;
 	work->record = *record;
+	in_a_hurry = work->record.seg_len ||
+		     pycopy_since(s->progress_ns, work->now_ns) >= config->quiet_max_ns;
 	bpf_spin_lock(&s->lock);
 	owed = pycopy_owed(s, work->record.ack);
+	much = owed >= s->smss;
 	if (pycopy_is_ours(s, &work->flow) && s->held && owed > 0 &&
-	    s->held_at == at) {
+	    s->held_at == at && (in_a_hurry || !much)) {
+		if (much)
+			s->known |= PYCOPY_KNOWN_DOUBT;
 		s->need_base += owed;
 		forgiven = 1;
 	}

@@ -210,6 +210,7 @@ enum pycopy_left {
 #define PYCOPY_KNOWN_TIME 0x8 /* timed_*: a round trip is being measured */
 #define PYCOPY_KNOWN_SENT 0x10 /* sent_need: something was sent */
 #define PYCOPY_KNOWN_OVERLAP 0x20 /* its requests do not wait for answers, as far as we can tell */
+#define PYCOPY_KNOWN_DOUBT 0x40 /* a shorter answer was forgiven that may have been a pause */
 
 /* A deadline long past (views.AT_ONCE): that one is not the timer's. */
 #define PYCOPY_AT_ONCE 1

@@ -58,6 +58,8 @@ def _released(session: "Session", chunk: Chunk, now_ns: int) -> bool:
     counted = release.may_release(target, chunk)
     if not counted:
         quiet_at = release.quiet_deadline_ns(target, rules, since_ns)
+        if not chunk.data and release.owes_much(target, chunk):
+            quiet_at = max(quiet_at, since_ns + rules.quiet_max_ns)
     elif release.closes_ahead(target, chunk):
         quiet_at = release.close_deadline_ns(target, rules, since_ns)
     elif not online.overlapping and release.asks_ahead(target, chunk):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from pycopy.abi import (
+    KNOWN_DOUBT,
     KNOWN_FIN,
     KNOWN_IRS,
     KNOWN_NEED,
@@ -155,6 +156,7 @@ def _target(kernel: KernelSession, online: Online) -> Target:
         # The kernel counts modulo 2^32: the one near what both servers have said so far.
         lead = online.rcv_nxt - target.rcv_nxt
         target.need_base = lead + diff(kernel.need_base, lead & MASK)
+    target.doubtful = bool(kernel.known & KNOWN_DOUBT)
     target.srtt_ns, target.rttvar_ns = kernel.srtt_ns, kernel.rttvar_ns
     target.cwnd, target.ssthresh = kernel.cwnd, kernel.ssthresh
     return target
@@ -241,6 +243,8 @@ def describe(session: Session) -> KernelSession:
         said_before = (target.irs + target.said_before) & MASK
     if online.overlapping:
         known |= KNOWN_OVERLAP
+    if target.doubtful:
+        known |= KNOWN_DOUBT
     return KernelSession(
         lock=0, generation=0, owner=Owner.KERNEL, state=session.state.value,
         family=session.family, options=target.options, snd_wscale=target.snd_wscale,

@@ -23,7 +23,9 @@ that nothing was owed, as after an HTTP/2 window update.
 A close without data (FIN, RST) is in no hurry, and one that comes early cuts off what the
 target still has to say. Where the target has said *more* than the client had received, the
 count no longer tells its last answer from those before; then a close waits for quiet, too.
-(HTTP/2 servers send more or fewer frames of their own from one run to the next.)
+(HTTP/2 servers send more or fewer frames of their own from one run to the next.) And a target
+that owes a segment or more may not be brief but pause, in want of CPU or with a lost segment to
+repeat: behind such a silence a close waits for the longest one (``quiet_max_ns``).
 
 Rule 1 needs no notion of a request, so greetings, pipelining and streams need no special
 case; and where both servers answer alike it holds in the very turn in which the answer
@@ -56,8 +58,14 @@ def quiet_deadline_ns(target: Target, rules: Rules, since_ns: int) -> int:
     return since_ns + min(max(wait_ns, rules.quiet_ns), rules.quiet_max_ns)
 
 
+def owes_much(target: Target, chunk: Chunk) -> bool:
+    """True where an answer is shorter by more than other words in its head would make it."""
+    return chunk.need - target.need_base - (target.rcv_nxt - 1) >= target.smss
+
+
 def forgive(target: Target, chunk: Chunk) -> None:
     """Rule 3, applied: from here on the shorter answer counts as the whole one."""
+    target.doubtful = target.doubtful or owes_much(target, chunk)
     target.need_base = chunk.need - (target.rcv_nxt - 1)
 
 
@@ -78,7 +86,10 @@ def closes_ahead(target: Target, chunk: Chunk) -> bool:
 
 def close_deadline_ns(target: Target, rules: Rules, since_ns: int) -> int:
     """When such a close leaves: after a quiet while, and soon even without an answer."""
-    return min(quiet_deadline_ns(target, rules, since_ns), since_ns + rules.quiet_max_ns)
+    latest_ns = since_ns + rules.quiet_max_ns
+    if target.doubtful:
+        return latest_ns
+    return min(quiet_deadline_ns(target, rules, since_ns), latest_ns)
 
 
 def count_from(online: Online, target: Target, acked: int) -> int:

@@ -112,11 +112,11 @@ class Target:
     """Our connection to the target: the transmission control block (RFC 9293 3.3.1)."""
 
     __slots__ = (
-        "answered", "asked", "cwnd", "dup_acks", "early", "fin_pos", "flight", "irs", "iss",
-        "mss", "need_base", "options", "rcv_acked", "rcv_nxt", "rcv_wscale", "recovery_end",
+        "answered", "asked", "cwnd", "doubtful", "dup_acks", "early", "fin_pos", "flight", "irs",
+        "iss", "mss", "need_base", "options", "rcv_acked", "rcv_nxt", "rcv_wscale", "recovery_end",
         "resend_limit", "resend_next", "rto_ns", "rttvar_ns", "sacked", "said_before", "smss",
-        "snd_nxt", "snd_una", "snd_wl1", "snd_wl2", "snd_wnd", "snd_wscale", "srtt_ns",
-        "ssthresh", "stretch", "ts_recent",
+        "snd_nxt", "snd_una", "snd_wl1", "snd_wl2", "snd_wnd", "snd_wscale", "srtt_ns", "ssthresh",
+        "stretch", "ts_recent",
     )  # fmt: skip
 
     def __init__(self, iss: int, start: int, mss: int, rto_ns: int) -> None:
@@ -151,6 +151,8 @@ class Target:
         self.ts_recent = 0
         #: Online response bytes that count as none here: release.py.
         self.need_base = 0
+        #: So much was forgiven that it may have been a pause, and no shorter answer.
+        self.doubtful = False
         #: ``rcv_nxt`` when the last request was sent: the target has answered once it moved.
         #: 0: none was sent.
         self.answered = 0

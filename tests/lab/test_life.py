@@ -4,6 +4,8 @@ Everything the client sent must be at the target, in the same connections where 
 lets it, and every session must end.
 """
 
+import os
+import signal
 import threading
 import time
 
@@ -40,6 +42,23 @@ def odd(scenario, lab):
 
 
 # -- targets that are slow, close, or speak otherwise -----------------------------------------
+
+
+@kept_and_own
+def test_a_target_that_pauses_in_its_answers(scenario, placement):
+    """A busy host. Its silence is no end of an answer, and a close would cut off the rest."""
+    size = 5_000_011
+    run = scenario(placement, 4, sizes=(size,)).start()
+    group = os.getpgid(run.target[0].pid)
+    load = run.load(23, 7, concurrency=3, answers=(size,), wait=False)
+    until = time.monotonic() + 20
+    while run.copied_count() < 23 and time.monotonic() < until:
+        os.killpg(group, signal.SIGSTOP)
+        time.sleep(0.06)
+        os.killpg(group, signal.SIGCONT)
+        time.sleep(0.005)
+    run.checked(load, 23)
+    run.finish()
 
 
 @kept_and_own
