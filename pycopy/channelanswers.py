@@ -139,6 +139,7 @@ class ChannelAnswers:
                 address, hello, self._loop,
                 on_records=self._on_records, on_state=say,
                 on_connected=self._on_connected, on_bye=self._on_bye, on_relaying=self._judge,
+                on_taken=lambda keys: table.on_taken(keys, time.monotonic_ns()),
                 live_claims=lambda: tuple(table.by_target),
             )  # fmt: skip
             self._clients.append(client)

@@ -62,6 +62,7 @@ class Count(IntEnum):
     SESSIONS = auto()  # opened
     MID_STREAM = auto()  # of those, joined without a SYN
     REOPENED = auto()  # of those, because the target closed early
+    PORT_TAKEN = auto()  # moved to another port: another replay had theirs at the target
     ESTABLISHED = auto()
     SENT_SEGMENTS = auto()
     SENT_PAYLOAD = auto()
@@ -183,6 +184,7 @@ class Ledger:
                 "opened": counts[Count.SESSIONS],
                 "mid_stream": counts[Count.MID_STREAM],
                 "reopened": counts[Count.REOPENED],
+                "port_taken": counts[Count.PORT_TAKEN],
                 "established": counts[Count.ESTABLISHED],
                 **{f"ended_{end.value}": number for end, number in self.outcomes.items()},
             },

@@ -32,6 +32,7 @@ from pycopy.channel.codec import (
     Relay,
     Relaying,
     Release,
+    Taken,
     Welcome,
 )
 from pycopy.channel.server import version_mismatch
@@ -71,6 +72,7 @@ class InterceptClient:
 
     ``on_connected`` is called at once when :attr:`connected` changes: while it is not, nobody
     swallows responses. ``on_bye``: the intercept is about to leave; until it returns, they are.
+    ``on_taken``: these of the sessions that were claimed are another replay's.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class InterceptClient:
         on_connected: Callable[["InterceptClient"], None] = lambda client: None,
         on_bye: Callable[[], None] = lambda: None,
         on_relaying: Callable[[], None] = lambda: None,
+        on_taken: Callable[[tuple[bytes, ...]], None] = lambda keys: None,
         live_claims: Callable[[], Iterable[bytes]] = tuple,
     ) -> None:
         self.host, self.port = address
@@ -95,6 +98,7 @@ class InterceptClient:
         self._on_connected = on_connected
         self._on_bye = on_bye
         self._on_relaying = on_relaying
+        self._on_taken = on_taken
         self._live_claims = live_claims
         #: Resolved once, at start-up: asking a name server would stop the loop.
         self._addresses: list[tuple[socket.AddressFamily, tuple[Any, ...]]] = []
@@ -236,6 +240,8 @@ class InterceptClient:
                 self._on_records(records)
         elif isinstance(frame, Ping | Pong):
             self._note_total(frame.total)
+        elif isinstance(frame, Taken):
+            self._on_taken(frame.keys)
         elif isinstance(frame, Relay):
             self.relaying = frame.relaying
             self._on_relaying()

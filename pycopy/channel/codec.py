@@ -18,7 +18,7 @@ from typing import NamedTuple
 from pycopy import __version__
 from pycopy.abi import ABI_VERSION, CLAIM_KEY, KEY, SEGMENT_BYTES
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 #: No text protocol begins with this byte, so a stray HTTP request is known by its first one.
 MAGIC = b"\xabP"
@@ -55,6 +55,7 @@ class Type(IntEnum):
     PONG = 8
     BYE = 9
     RELAY = 10
+    TAKEN = 11
 
 
 class Placement(IntEnum):
@@ -156,6 +157,18 @@ class Release(NamedTuple):
         return _frame(Type.RELEASE, b"".join(self.keys))
 
 
+class Taken(NamedTuple):
+    """The intercept: of the sessions just claimed, those that are another replay's already.
+
+    The target has one connection for both, and its responses remain the other's.
+    """
+
+    keys: tuple[bytes, ...]
+
+    def encode(self) -> bytes:
+        return _frame(Type.TAKEN, b"".join(self.keys))
+
+
 class Ping(NamedTuple):
     """``total`` as in :class:`Progress` (0 from a replay), so that a quiet channel is exact too."""
 
@@ -188,7 +201,7 @@ class Relay(NamedTuple):
         return _frame(Type.RELAY, _RELAYING.pack(self.relaying))
 
 
-Frame = Hello | Welcome | Refuse | Progress | Claim | Release | Ping | Pong | Bye | Relay
+Frame = Hello | Welcome | Refuse | Progress | Claim | Release | Taken | Ping | Pong | Bye | Relay
 
 #: Per type: fixed bytes, bytes of one repeated unit (0: none), fewest and most units.
 _SHAPE: dict[Type, tuple[int, int, int, int]] = {
@@ -199,6 +212,7 @@ _SHAPE: dict[Type, tuple[int, int, int, int]] = {
     Type.PROGRESS: (_TOTAL.size, SEGMENT_BYTES, 0, MAX_RECORDS),
     Type.CLAIM: (0, KEY.size, 1, MAX_KEYS),
     Type.RELEASE: (0, KEY.size, 1, MAX_KEYS),
+    Type.TAKEN: (0, KEY.size, 1, MAX_KEYS),
     Type.PING: (_TOTAL.size, 0, 0, 0),
     Type.PONG: (_TOTAL.size, 0, 0, 0),
     Type.BYE: (_TOTAL.size, 0, 0, 0),
@@ -206,7 +220,7 @@ _SHAPE: dict[Type, tuple[int, int, int, int]] = {
 }
 
 FROM_REPLAY = frozenset({Type.CLAIM, Type.RELEASE, Type.PING, Type.PONG, Type.BYE, Type.RELAY})
-FROM_INTERCEPT = frozenset({Type.PROGRESS, Type.PING, Type.PONG, Type.BYE, Type.RELAY})
+FROM_INTERCEPT = frozenset({Type.PROGRESS, Type.TAKEN, Type.PING, Type.PONG, Type.BYE, Type.RELAY})
 FIRST_FROM_REPLAY = frozenset({Type.HELLO})
 FIRST_FROM_INTERCEPT = frozenset({Type.WELCOME, Type.REFUSE})
 
@@ -340,6 +354,7 @@ _DECODE: dict[Type, Callable[[bytes], Frame]] = {
     Type.PROGRESS: lambda payload: Progress(_TOTAL.unpack_from(payload)[0], payload[_TOTAL.size :]),
     Type.CLAIM: lambda payload: Claim(_keys(payload)),
     Type.RELEASE: lambda payload: Release(_keys(payload)),
+    Type.TAKEN: lambda payload: Taken(_keys(payload)),
     Type.PING: lambda payload: Ping(*_TOTAL.unpack(payload)),
     Type.PONG: lambda payload: Pong(*_TOTAL.unpack(payload)),
     Type.BYE: lambda payload: Bye(*_TOTAL.unpack(payload)),

@@ -27,12 +27,13 @@ class Routes(Generic[Replay]):
         self._claimed: dict[Replay, int] = {}
         #: Destination address to the replays with the longest range around it (maybe none).
         self.by_addr: dict[bytes, tuple[Replay, ...]] = {}
-        #: Session key to the replay that claimed it last.
+        #: Session key to the replay that claimed it first.
         self.claims: dict[bytes, Replay] = {}
         #: Replays without ranges: what nobody claims may be any of theirs.
         self.per_session: tuple[Replay, ...] = ()
         self.evicted = 0
-        self.taken_over = 0
+        #: Claims of what was another replay's.
+        self.refused = 0
 
     @property
     def has_ranges(self) -> bool:
@@ -61,20 +62,20 @@ class Routes(Generic[Replay]):
             for key in [key for key, owner in self.claims.items() if owner is replay]:
                 del self.claims[key]
 
-    def claim(self, replay: Replay, keys: Iterable[bytes]) -> None:
-        claims, claimed = self.claims, self._claimed
-        for key in keys:
-            owner = claims.get(key)
-            if owner is replay:
-                continue
-            if owner is not None:
-                # Two replays live the same 5-tuple: the target cannot tell them apart either.
-                self.taken_over += 1
-                claimed[owner] -= 1
-            claims[key] = replay
-            claimed[replay] += 1
+    def claim(self, replay: Replay, keys: Iterable[bytes]) -> list[bytes]:
+        """Returns those keys that are another replay's, and remain so.
+
+        The clients of two online hosts may well have the same address and port; the target
+        cannot tell such connections apart, so the later one needs another port.
+        """
+        claims = self.claims
+        before = len(claims)
+        taken = [key for key in keys if claims.setdefault(key, replay) is not replay]
+        self._claimed[replay] += len(claims) - before
+        self.refused += len(taken)
         if len(claims) > self._max_claims:
             self._evict()
+        return taken
 
     def release(self, replay: Replay, keys: Iterable[bytes]) -> None:
         claims = self.claims

@@ -28,6 +28,7 @@ from pycopy.channel.codec import (
     Relay,
     Relaying,
     Release,
+    Taken,
     Welcome,
 )
 from pycopy.channel.listen import listen
@@ -218,7 +219,10 @@ class ChannelServer:
             if stream.ranged:
                 raise ProtocolError("a replay that named its ranges claims sessions")
             if isinstance(frame, Claim):
-                self.routes.claim(stream, frame.keys)
+                taken = self.routes.claim(stream, frame.keys)
+                if taken and stream.unsent_bytes < MAX_UNSENT_BYTES:
+                    stream.send(Taken(tuple(taken)).encode())
+                    stream.flush()
             else:
                 self.routes.release(stream, frame.keys)
         elif isinstance(frame, Hello):
@@ -350,7 +354,7 @@ class ChannelServer:
         }
         claims = {
             "sessions": len(self.routes.claims),
-            "taken_over": self.routes.taken_over,
+            "refused": self.routes.refused,
             "evicted": self.routes.evicted,
         }
         return {"copies": copies, "connections": connections, "claims": claims}

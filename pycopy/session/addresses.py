@@ -39,6 +39,20 @@ class Addresses(Protocol):
     ) -> bytes | None:  # fmt: skip
         """Return a free key towards the target's address and port, or None."""
 
+    def other_port(self, target_key: bytes, jump: int, is_free: IsFree) -> bytes | None:
+        """Return a free key that differs from ``target_key`` in its port, or None.
+
+        ``jump``: any number that another replay with the same wish does not have, so that the
+        two do not go from port to port together.
+        """
+
+
+def _other_port(
+    target_key: bytes, jump: int, ports: Sequence[int], is_free: IsFree
+) -> bytes | None:
+    source, target_addr, port, target_port = KEY.unpack(target_key)
+    return _next_free(source, port + 1 + jump, ports, target_addr, target_port, is_free)
+
 
 def _next_free(
     source: bytes, first: int, ports: Sequence[int], target_addr: bytes, target_port: int,
@@ -76,6 +90,9 @@ class KeptAddresses:
         return _next_free(
             client_addr, client_port + 1, self._ports, target_addr, target_port, is_free
         )
+
+    def other_port(self, target_key: bytes, jump: int, is_free: IsFree) -> bytes | None:
+        return _other_port(target_key, jump, self._ports, is_free)
 
 
 class PooledAddresses:
@@ -119,6 +136,9 @@ class PooledAddresses:
             if other is not None:
                 return other
         return None
+
+    def other_port(self, target_key: bytes, jump: int, is_free: IsFree) -> bytes | None:
+        return _other_port(target_key, jump, self._ports, is_free)
 
     def _member(self, target_addr: bytes, number: int) -> bytes | None:
         """Return pool member ``number`` (taken round) of the target's family, 16 bytes."""
@@ -164,6 +184,9 @@ class SelfPorts:
             if is_free(key):
                 return key
         return None
+
+    def other_port(self, target_key: bytes, jump: int, is_free: IsFree) -> bytes | None:
+        return _other_port(target_key, jump, self._ports, is_free)
 
 
 def usable_hosts(net: Network) -> int:

@@ -163,6 +163,26 @@ class Opening:
             successor.gap_at = now_ns + table.rules.gap_ns
         successor.open(now_ns)
 
+    def change_port(self, session: Session, now_ns: int) -> None:
+        """Another replay has this port at the target: begin again from another one.
+
+        It may have that one, too: as often as a SYN is repeated, and in leaps of the client's
+        own random number, since ports in use lie side by side.
+        """
+        table = self._table
+        jump = session.target.iss
+        target_key = None
+        if session.attempts < table.rules.syn_retries:
+            target_key = self._addresses.other_port(session.target_key, jump, self._is_unused)
+        if target_key is None:
+            return  # with every SYN that it repeats it asks for the port it has again
+        del table.by_target[session.target_key]
+        table.on_release(session.target_key)
+        table.by_target[target_key] = session
+        table.on_claim(target_key)
+        table.ledger.counts[Count.PORT_TAKEN] += 1
+        session.change_port(target_key, now_ns)
+
     def remember(self, session: Session, outcome: Outcome) -> None:
         """The client of ``session`` is unknown from now on, whatever it still sends."""
         online = session.online

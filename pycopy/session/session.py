@@ -8,7 +8,7 @@ after it, this file only puts them in order. A session that loses its connection
 not open another: the host does (``reopen``), since a connection is what a session is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from pycopy.abi import ACK, FIN, RST, SYN, Segment
@@ -18,7 +18,7 @@ from pycopy.session import arrival, departure, losing, pathmtu, receiving, relea
 from pycopy.session.rules import MS, Rules
 from pycopy.session.states import TRANSITIONS, Event, Outcome, State
 from pycopy.session.stream import Offer
-from pycopy.session.views import AT_ONCE, NEVER, Chunk, Online, Target, unwrap
+from pycopy.session.views import AT_ONCE, NEVER, NO_POSITION, Chunk, Online, Target, unwrap
 
 
 class Emission(NamedTuple):
@@ -38,6 +38,7 @@ class Host(Protocol):
     rules: Rules
     ledger: Ledger
     outbox: list[Emission]
+    on_claim: Callable[[bytes], None]
     closed_for: Fate | None
 
     def schedule(self, session: "Session") -> None:
@@ -109,6 +110,19 @@ class Session:
         syn.end += 1
         self.move(Event.OPEN)
         departure.transmit(self, syn, now_ns)
+        self._settle(now_ns)
+
+    def change_port(self, target_key: bytes, now_ns: int) -> None:
+        """Send the SYN anew, as of another connection; what it costs is one attempt."""
+        target, attempts = self.target, self.attempts
+        self.target_key = target_key
+        self.flow = self.hop = None
+        target.rto_ns = self.host.rules.rto_initial_ns
+        target.recovery_end = NO_POSITION
+        syn = target.flight.pop()
+        syn.resent = False
+        departure.transmit(self, syn, now_ns)
+        self.attempts = attempts + 1
         self._settle(now_ns)
 
     def on_client_segment(self, seg: Segment, payload: bytes, now_ns: int) -> None:

@@ -104,6 +104,13 @@ class Table:
             ledger.responses[session.on_target_segment(seg, now_ns)] += 1
             self._look_whether_calm(session)
 
+    def on_taken(self, target_keys: Iterable[bytes], now_ns: int) -> None:
+        """An intercept: another replay has a session at each of these addresses and ports."""
+        for target_key in target_keys:
+            session = self.by_target.get(target_key)
+            if session is not None and session.state is State.SYN_SENT:
+                self._opening.change_port(session, now_ns)
+
     # -- sessions that come from the kernel, and go back ------------------------------------
 
     def _adopt(

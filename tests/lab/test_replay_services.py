@@ -3,8 +3,12 @@
 import pytest
 
 from pycopy.lab.copying import Placement
+from tests.lab.dial import Client
 
 everywhere = pytest.mark.parametrize("placement", list(Placement), ids=lambda one: one.value)
+intercepted = pytest.mark.parametrize(
+    "placement", [Placement.TARGET, Placement.ASSISTANT], ids=lambda one: one.value
+)
 families = pytest.mark.parametrize("family", (4, 6))
 
 
@@ -36,6 +40,25 @@ def test_two_online_hosts_into_one_target(scenario, placement, family):
     run.checked(first, 503)
     run.checked(second, 503)
     run.finish()
+
+
+@intercepted
+@families
+def test_a_client_of_two_online_hosts_with_one_port(scenario, lab, placement, family):
+    """At the target they would be one connection: the later one gets another port."""
+    run = scenario(placement, family, online=("online", "online2")).start()
+    first = Client(lab, family, 80)
+    first.ask("first-1", 1009)
+    second = Client(lab, family, 80, source_port=first.port, role="online2")
+    for number in range(2, 6):
+        second.ask(f"second-{number}", 211)
+        first.ask(f"first-{number}", 1009)
+    second.close()
+    first.ask("first-6", 1)
+    first.close()
+    one, other = (replay["ledger"] for replay in run.finish().replays)
+    assert (one["sessions"]["port_taken"], other["sessions"]["port_taken"]) == (0, 1)
+    assert other["sessions"]["reopened"] == one["sessions"]["reopened"] == 0
 
 
 def test_traffic_that_is_not_copied_stays_where_it_is(scenario):

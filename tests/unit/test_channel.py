@@ -90,7 +90,9 @@ class Bench:
             raise Refusal(self.refuse)
         self.hellos.append(hello)
 
-    def client(self, instance=1, ranges=(), claims=(), start=True, **other):
+    def client(
+        self, instance=1, ranges=(), claims=(), start=True, on_taken=lambda keys: None, **other
+    ):
         name = len(self.got)
         self.got[name], self.states[name] = [], []
         client = InterceptClient(
@@ -99,6 +101,7 @@ class Bench:
             self.loop,
             on_records=self.got[name].extend,
             on_state=self.states[name].append,
+            on_taken=on_taken,
             live_claims=lambda: claims,
         )
         client.got, client.states = self.got[name], self.states[name]
@@ -187,6 +190,20 @@ def test_records_by_range_by_claim_and_to_all(bench):
     bench.server.forward([record(5)])
     bench.until(lambda: numbers(second) == [6, 5])
     assert bench.server.snapshot()["copies"]["sent"] == 6
+
+
+def test_who_claims_what_is_taken_is_told(bench):
+    told = []
+    first, second = bench.client(1, claims=[key(1)]), bench.client(2, on_taken=told.append)
+    bench.until(lambda: bench.server.routes.claims)
+    second.claim(key(1))
+    second.claim(key(2))
+    second.flush()
+    bench.until(lambda: told)
+    assert told == [(key(1),)]
+    bench.server.forward([record(1), record(2)])
+    bench.until(lambda: numbers(first) == [1] and numbers(second) == [2])
+    assert bench.server.snapshot()["claims"]["refused"] == 1
 
 
 def test_nobody_to_send_to_is_counted(bench):

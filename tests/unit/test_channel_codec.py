@@ -31,6 +31,7 @@ from pycopy.channel.codec import (
     Relay,
     Relaying,
     Release,
+    Taken,
     Type,
     Welcome,
 )
@@ -65,6 +66,7 @@ FRAMES = st.one_of(
     ),
     st.builds(Claim, KEYS),
     st.builds(Release, KEYS),
+    st.builds(Taken, KEYS),
     st.builds(Ping, U64),
     st.builds(Pong, U64),
     st.builds(Bye, U64),

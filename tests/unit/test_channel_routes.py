@@ -60,10 +60,12 @@ def test_claims_are_their_replays_only():
     assert routes.claims[key(1)] == "a"
     routes.release("a", [key(1)])
     assert key(1) not in routes.claims
-    routes.claim("b", [key(2)])
-    assert routes.taken_over == 1
+    assert routes.claim("b", [key(2), key(4)]) == [key(2)]
+    assert routes.claim("a", [key(2)]) == []
+    assert routes.refused == 1
+    assert routes.claims == {key(2): "a", key(3): "b", key(4): "b"}
     routes.release("a", [key(2)])
-    assert routes.claims == {key(2): "b", key(3): "b"}
+    assert routes.claim("b", [key(2)]) == []
     routes.remove("b")
     assert routes.claims == {}
     assert routes.per_session == ("a",)

@@ -31,8 +31,12 @@ def lingering(port):
     return bench
 
 
+def port_of_key(key):
+    return struct.unpack("!H", key[32:34])[0]
+
+
 def port_of(session):
-    return struct.unpack("!H", session.target_key[32:34])[0]
+    return port_of_key(session.target_key)
 
 
 def no_port_is_free(bench):
@@ -76,6 +80,69 @@ def test_a_reopened_connection_does_not():
     bench.client(PSH | ACK, 6, 11, b"second")
     assert bench.ledger.counts[Count.REOPENED] == 1
     assert port_of(bench.table.outbox[-1].session) == 10_003
+
+
+def test_where_another_replay_has_the_port_the_session_begins_from_the_next():
+    bench = Bench()
+    claimed, bench.table.on_claim = [], lambda key: claimed.append(key)
+    bench.client(SYN)
+    session = bench.table.outbox[-1].session
+    before = session.target_key
+    bench.now_ns = SECOND // 100
+    bench.table.on_taken([before], bench.now_ns)
+    assert port_of(session) != port_of_key(before) and session.target_key[:32] == before[:32]
+    assert claimed == [before, session.target_key]
+    assert bench.kernel.claimed == {session.target_key}
+    assert list(bench.table.by_target) == [session.target_key]
+    first, second = bench.table.outbox
+    assert (second.flags, second.seq) == (first.flags, first.seq)
+    bench.target(before, SYN | ACK, 0, 1)
+    assert session.state is State.SYN_SENT
+    bench.target(session.target_key, SYN | ACK, 0, 1)
+    assert session.state is State.ESTABLISHED
+    counts = bench.ledger.counts
+    assert counts[Count.PORT_TAKEN] == counts[Count.SESSIONS] == counts[Count.ESTABLISHED] == 1
+    assert counts[Count.RETRANSMITTED] == 0
+
+
+def test_ports_are_tried_as_often_as_a_syn_is_repeated():
+    """Each another one: a whole run of them may be the other replay's."""
+    bench = Bench()
+    bench.client(SYN, 0x12345678)
+    session = bench.table.outbox[-1].session
+    limit, seen = bench.table.rules.syn_retries, [session.target_key]
+    for _ in range(2 * limit):
+        bench.table.on_taken([session.target_key], bench.now_ns)
+        seen.append(session.target_key)
+    assert len(set(seen)) == len(bench.table.outbox) == 1 + limit
+    assert bench.ledger.counts[Count.PORT_TAKEN] == limit
+    assert max(map(port_of_key, seen)) - min(map(port_of_key, seen)) > 1000
+    bench.now_ns = session.deadline_ns
+    bench.table.on_time(bench.now_ns)
+    assert bench.ledger.outcomes[Outcome.TARGET_SILENT] == 0
+    assert session.state is State.CLOSED and session.lost_to is Outcome.TARGET_SILENT
+
+
+def test_a_session_that_the_target_has_answered_stays():
+    bench = Bench()
+    session = bench.open()
+    before = session.target_key
+    bench.table.on_taken([before, bytes(36)], bench.now_ns)
+    assert session.target_key == before and not bench.table.outbox
+
+
+def test_where_no_other_port_is_free_the_syn_is_repeated():
+    bench = Bench()
+    bench.client(SYN)
+    session = bench.table.outbox[-1].session
+    no_port_is_free(bench)
+    bench.table.on_taken([session.target_key], bench.now_ns)
+    bench.table.outbox.clear()
+    claimed, bench.table.on_claim = [], lambda key: claimed.append(key)
+    bench.now_ns = session.deadline_ns
+    bench.table.on_time(bench.now_ns)
+    assert claimed == [session.target_key]
+    assert [each.flags for each in bench.table.outbox] == [SYN]
 
 
 def test_the_round_trip_to_the_client_begins_with_its_syn():
