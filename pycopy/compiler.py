@@ -8,12 +8,19 @@ have to say is on stdout and stderr; the loader reads it there.
 Must run under any Python 3 that has bcc, and needs no other module of pycopy.
 """
 
+import base64
 import ctypes
 import json
 import os
 import socket
+import struct
 import sys
 from typing import Any
+
+#: ``struct bpf_insn``, BPF_LD | BPF_IMM | BPF_DW, and BPF_PSEUDO_MAP_FD as its source register
+#: (the upper half of the byte on little-endian machines).
+_INSTRUCTION = struct.Struct("=BBhi")
+_LOAD_CONSTANT, _PSEUDO_MAP = 0x18, 1
 
 
 def _receive(channel: socket.socket) -> dict[str, Any]:
@@ -33,6 +40,8 @@ def _compile(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         return {"failed": "import", "text": str(error)}, []
     lib.bpf_table_name.restype = ctypes.c_char_p
     lib.bpf_table_name.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    lib.bpf_module_license.restype = ctypes.c_char_p
+    lib.bpf_module_license.argtypes = [ctypes.c_void_p]
     try:
         module = BPF(text=request["text"], cflags=request["cflags"])
     except Exception as error:  # bcc raises nothing more precise
@@ -49,7 +58,38 @@ def _compile(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     count = lib.bpf_num_tables(module.module)
     names = [lib.bpf_table_name(module.module, index).decode() for index in range(count)]
     fds = [lib.bpf_table_fd(module.module, name.encode()) for name in names]
-    return {"maps": names}, [*programs, *fds]
+    known = dict(zip(fds, names, strict=True))
+    said = {
+        "license": lib.bpf_module_license(module.module).decode(),
+        "programs": [_describe(lib, module.module, name, known) for name in request["programs"]],
+    }
+    return {"maps": names, "object": said, "made_by": _own_files()}, [*programs, *fds]
+
+
+def _describe(lib: Any, module: Any, name: str, known: dict[int, str]) -> dict[str, Any]:
+    """The instructions of a function, and the maps that they mean: those of the text by name,
+    those that were there before by the numbers of their descriptors."""
+    start = lib.bpf_function_start(module, name.encode())
+    code = ctypes.string_at(start, lib.bpf_function_size(module, name.encode()))
+    references = []
+    for index in range(len(code) // _INSTRUCTION.size):
+        operation, registers, _, constant = _INSTRUCTION.unpack_from(
+            code, index * _INSTRUCTION.size
+        )
+        if operation == _LOAD_CONSTANT and registers >> 4 == _PSEUDO_MAP:
+            references.append((index, known.get(constant, str(constant))))
+    return {
+        "name": name,
+        "code": base64.b64encode(code).decode(),
+        "references": references,
+    }
+
+
+def _own_files() -> list[str]:
+    """The libraries that make up the compiler: with another one the object may be another."""
+    with open("/proc/self/maps", encoding="utf-8") as file:
+        paths = {line.split(None, 5)[5].strip() for line in file if line.count("/")}
+    return sorted(path for path in paths if any(word in path for word in ("bcc", "clang", "LLVM")))
 
 
 def main() -> None:

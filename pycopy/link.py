@@ -31,7 +31,7 @@ PERCPU_MAP_TYPES = frozenset({5, 6, 10, 21})
 _SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280}
 
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY, _BTF_LOAD = 0, 1, 2, 3, 4, 18
-_MAP_TAKE = 21
+_PROG_LOAD, _MAP_TAKE = 5, 21
 _PROG_TEST_RUN, _PROG_FD_BY_ID, _OBJ_INFO, _PROG_QUERY = 10, 13, 15, 16
 _LINK_CREATE, _ENABLE_STATS = 28, 32
 
@@ -42,6 +42,7 @@ NO_PREALLOC, MMAPABLE = 1 << 0, 1 << 10
 #: Heads of ``union bpf_attr`` by command; the kernel takes a shorter union as zero-filled.
 _MAP = struct.Struct("=IIIII4xI16s4xIII")
 _BTF = struct.Struct("=QQIIII")
+_LOAD = struct.Struct("=IIQQIIQII16s")
 _ELEM = struct.Struct("=IxxxxQQQ")
 _TEST_RUN = struct.Struct("=IIIIQQIIIIQQIIIxxxx")
 _WORD, _RETVAL_AT, _SIZE_OUT_AT = struct.Struct("=I"), 4, 12
@@ -86,6 +87,7 @@ class MapInfo(NamedTuple):
     key_bytes: int
     value_bytes: int
     max_entries: int
+    flags: int
 
 
 class LinkInfo(NamedTuple):
@@ -235,6 +237,18 @@ def _load_lock_btf(value_bytes: int) -> int:
     return bpf(_BTF_LOAD, _attr(_BTF, ctypes.addressof(blob), 0, len(blob), 0, 0, 0))
 
 
+def program_load(kind: int, name: str, code: bytes, license: str) -> int:
+    """The descriptor of a program that the verifier has passed; ``code``: ``struct bpf_insn``."""
+    instructions, said = _buffer(code), _buffer(license.encode("ascii") + b"\0")
+    return bpf(
+        _PROG_LOAD,
+        _attr(
+            _LOAD, kind, len(code) // 8, ctypes.addressof(instructions), ctypes.addressof(said),
+            0, 0, 0, 0, 0, name.encode("ascii")[:15],
+        ),
+    )  # fmt: skip
+
+
 def test_run(
     program_fd: int, packet: bytes, *, repeat: int = 1, context: bytes = b"", room_bytes: int = 256
 ) -> TestRun:
@@ -310,8 +324,8 @@ def _name(raw: bytes) -> str:
 
 def map_info(map_fd: int) -> MapInfo:
     raw = _object_info(map_fd)
-    kind, ident, key_bytes, value_bytes, max_entries = struct.unpack_from("=5I", raw)
-    return MapInfo(kind, ident, _name(raw[24:40]), key_bytes, value_bytes, max_entries)
+    kind, ident, key_bytes, value_bytes, max_entries, flags = struct.unpack_from("=6I", raw)
+    return MapInfo(kind, ident, _name(raw[24:40]), key_bytes, value_bytes, max_entries, flags)
 
 
 def program_info(program_fd: int) -> ProgramInfo:

@@ -1,7 +1,8 @@
 """From C text to a loaded BPF program: what the rest of pycopy sees of compiling.
 
 bcc works in a child process (pycopy.compiler) and hands back descriptors, so this process
-never imports it and stays small. What goes wrong in there becomes one of our errors.
+never imports it and stays small. What goes wrong in there becomes one of our errors. What it
+made is kept (objects.py), and the next start needs neither child nor compiler.
 Where the program is attached is pycopy.attach's business; its names are here too.
 """
 
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pycopy import guards, link
+from pycopy import guards, link, objects
 from pycopy.attach import Attachment, Hook, attach, detach_leftovers
 from pycopy.errors import HostUnfit, PycopyError
 
@@ -27,6 +28,9 @@ _PRIVILEGES_CURE = "run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_NET_RAW"
 
 #: A cold compile takes below a second; an emulated machine was seen to need 47 s.
 _COMPILE_LIMIT_S = 180
+
+#: For clang.
+_FLAGS = ("-DNDEBUG", "-Werror=implicit-function-declaration")
 
 #: Lines of clang's or the verifier's text that a user gets to see.
 _SHOWN_LINES = 30
@@ -126,11 +130,12 @@ def load(
     programs: Sequence[str] = (),
     map_fds: Sequence[int] = (),
 ) -> Module:
-    """Compile ``source`` (a file of bpf/, or a path), load its program, return it with its maps.
+    """Compile ``source`` (a file of bpf/, or a path) unless that has been done before, load its
+    program, return it with its maps.
 
     ``defines`` must say PYCOPY_HOOK_XDP; ``prelude`` is generated C put before the file.
     ``programs`` are the names of entry functions: ``pycopy_`` and the file's name unless given.
-    ``map_fds``: maps made before, which the text names by the numbers of their descriptors.
+    ``map_fds``: maps made before, which ``defines`` name PYCOPY_MAP_*, by their descriptors.
     """
     # Before clang runs; what a container denies beyond that shows at load time.
     guards.check_privileges()
@@ -138,23 +143,45 @@ def load(
     path = directory / source
     programs = programs or (f"pycopy_{path.stem}",)
     hook_xdp = bool(int(defines["PYCOPY_HOOK_XDP"]))
+    text = f'{_HOOK_PRELUDE}{prelude}\n#line 1 "{path.name}"\n{path.read_text("utf-8")}'
+    key = objects.digest(
+        _FLAGS, programs, _with_indices(defines, map_fds), text, directory=directory
+    )
+    if (found := objects.find(key)) is not None:
+        # What the verifier or a limit refuses is compiled again: then it is said why.
+        with contextlib.suppress(OSError):
+            maps, fds = objects.load(found, hook_xdp, map_fds)
+            return Module(programs, hook_xdp, fds, maps)
     macros = "".join(f"#define {name} {value}\n" for name, value in defines.items())
-    text = f'{macros}{_HOOK_PRELUDE}{prelude}\n#line 1 "{path.name}"\n{path.read_text("utf-8")}'
     request = {
-        "text": text,
-        "cflags": ["-I", str(directory), "-DNDEBUG", "-Werror=implicit-function-declaration"],
+        "text": macros + text,
+        "cflags": ["-I", str(directory), *_FLAGS],
         "stub": str(directory / "stub"),
         "programs": list(programs),
         "xdp": hook_xdp,
     }
-    maps, fds = _ask_child(request, path.name, map_fds)
-    return Module(programs, hook_xdp, fds, maps)
+    reply, fds = _ask_child(request, path.name, map_fds)
+    module = Module(programs, hook_xdp, fds, reply["maps"])
+    named = {name: each.fd for name, each in module.maps.items()}
+    made = objects.from_compiler(reply["object"], named, map_fds)
+    objects.keep(key, made, reply["made_by"])
+    return module
+
+
+def _with_indices(defines: Mapping[str, int | str], map_fds: Sequence[int]) -> list[object]:
+    """``defines`` in words that are the same in every process: descriptors are not."""
+    return [
+        (name, "map", map_fds.index(int(value)))
+        if name.startswith("PYCOPY_MAP_")
+        else (name, value)
+        for name, value in defines.items()
+    ]
 
 
 def _ask_child(
     request: dict[str, Any], source: str, map_fds: Sequence[int]
-) -> tuple[list[str], list[int]]:
-    """Have ``request`` compiled; map names, and descriptors, the programs' first."""
+) -> tuple[dict[str, Any], list[int]]:
+    """Have ``request`` compiled; the child's reply, and descriptors: the programs', the maps'."""
     ours, theirs = socket.socketpair()
     with ours, tempfile.TemporaryFile() as output:
         with theirs:
@@ -188,7 +215,7 @@ def _ask_child(
         output.seek(0)
         said = output.read().decode("utf-8", "replace")
     if reply and "failed" not in reply:
-        return reply["maps"], fds
+        return reply, fds
     for fd in fds:
         os.close(fd)
     _fail(reply, said, source, child.returncode)

@@ -211,18 +211,20 @@ class Progress(Everywhere):
         self._intercepts = intercepts
         self._defines: dict[str, int | str] = {
             "PYCOPY_DATAGRAM_PORT": port,
-            "PYCOPY_COOKIE": f"{cookie}ULL",
             "PYCOPY_INTERCEPTS_MAX": len(intercepts),
         }
+        self._cookie = cookie
         self._ring_bytes = ring_bytes
         self._kernel = kernel
 
     def _make(self, l2_bytes: int) -> Tap:
         text = prelude.intercepts_prelude(self._intercepts)
-        return load_tap(
+        tap = load_tap(
             "progress.c", l2_bytes, Hook.TC_INGRESS, self._ring_bytes, text, self._defines, Tap,
             self._kernel.maps,
         )  # fmt: skip
+        tap.module.maps["cookie"].update(bytes(4), self._cookie.to_bytes(8, sys.byteorder))
+        return tap
 
     def probed_ns(self, index: int) -> int:
         """When the last probe of that intercept arrived (CLOCK_MONOTONIC), 0: none did."""

@@ -31,6 +31,12 @@ int pycopy_good(PYCOPY_CTX *ctx)
 """
 
 
+@pytest.fixture(autouse=True)
+def _nothing_kept(tmp_path, monkeypatch):
+    """Here everything is compiled; what is kept of it, test_objects.py says."""
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path / "kept"))
+
+
 def loaded(tmp_path, text, name="good", **defines):
     source = tmp_path / f"{name}.c"
     source.write_text(text)

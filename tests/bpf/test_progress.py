@@ -35,9 +35,10 @@ class Progress(Program):
         intercepts = [(mapped("10.9.9.9"), 1), *((mapped(INTERCEPT[f]), PORT) for f in (4, 6))]
         super().__init__(
             "progress.c", "tc", InterceptCount, prelude=intercepts_prelude(intercepts),
-            PYCOPY_COOKIE=f"{COOKIE}ULL", PYCOPY_DATAGRAM_PORT=OUR_PORT, PYCOPY_INTERCEPTS_MAX=3,
+            PYCOPY_DATAGRAM_PORT=OUR_PORT, PYCOPY_INTERCEPTS_MAX=3,
             map_fds=kernel.maps.fds, **kernel.maps.defines(),
         )  # fmt: skip
+        self.maps["cookie"].update(bytes(4), COOKIE.to_bytes(8, "little"))
 
     check_balance = staticmethod(Intercept.check_balance)
 

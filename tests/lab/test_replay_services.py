@@ -49,6 +49,7 @@ def test_a_client_of_two_online_hosts_with_one_port(scenario, lab, placement, fa
     run = scenario(placement, family, online=("online", "online2")).start()
     first = Client(lab, family, 80)
     first.ask("first-1", 1009)
+    assert run.settle() == 1  # now the first one's copy has the port
     second = Client(lab, family, 80, source_port=first.port, role="online2")
     for number in range(2, 6):
         second.ask(f"second-{number}", 211)
