@@ -160,33 +160,34 @@ static __always_inline int pycopy_expire_oldest(struct pycopy_work *work)
 }
 
 /* release.forgive(): from here on the target's shorter answer counts as the whole one.
- * Where it owes much, a close waits for the longest silence (release.owes_much).
+ * Negative: it may only pause, and when a close leaves then is the engine's to say.
  */
 static __always_inline int pycopy_forgive(struct pycopy_session *s, struct pycopy_work *work,
-					  const struct pycopy_fast_config *config, u64 *counts)
+					  u64 *counts)
 {
 	u64 at = s->held_at;
 	struct pycopy_log_record *record = pycopy_log_find(at);
-	int forgiven = 0, in_a_hurry, much;
+	int forgiven = 0, doubt;
 	s32 owed;
 
 	if (!record)
 		return 0;
 	work->record = *record;
-	in_a_hurry = work->record.seg_len ||
-		     pycopy_since(s->progress_ns, work->now_ns) >= config->quiet_max_ns;
 	bpf_spin_lock(&s->lock);
 	owed = pycopy_owed(s, work->record.ack);
-	much = owed >= s->smss;
 	if (pycopy_is_ours(s, &work->flow) && s->held && owed > 0 &&
-	    s->held_at == at && (in_a_hurry || !much)) {
-		if (much)
-			s->known |= PYCOPY_KNOWN_DOUBT;
-		s->need_base += owed;
-		forgiven = 1;
+	    s->held_at == at) {
+		doubt = owed >= s->smss ? PYCOPY_KNOWN_DOUBT : s->known & PYCOPY_KNOWN_DOUBT;
+		if (doubt && work->record.tcp_flags & PYCOPY_TCP_FIN) {
+			forgiven = -1;
+		} else {
+			s->known |= doubt;
+			s->need_base += owed;
+			forgiven = 1;
+		}
 	}
 	bpf_spin_unlock(&s->lock);
-	if (forgiven)
+	if (forgiven > 0)
 		counts[PYCOPY_FAST_RELEASED_BY_QUIET]++;
 	return forgiven;
 }
@@ -198,8 +199,8 @@ static __always_inline u32 pycopy_look(struct __sk_buff *ctx, u32 slot, struct p
 	struct pycopy_session *s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &slot);
 	u64 now_ns = work->now_ns;
 	struct pycopy_hop *hop;
+	int left = 0, forgiven;
 	u32 service;
-	int left = 0;
 	u16 why;
 
 	if (!s || s->owner == PYCOPY_FREE || s->owner == PYCOPY_USER)
@@ -216,11 +217,15 @@ static __always_inline u32 pycopy_look(struct __sk_buff *ctx, u32 slot, struct p
 		if (why < PYCOPY_LEFT_REASONS && why != PYCOPY_LEFT_QUIET && pycopy_is_ours(s, &work->flow))
 			left = pycopy_leave(s, why);
 		bpf_spin_unlock(&s->lock);
-		if (left)
+		if (left) {
 			pycopy_hand_over(s, &work->flow, counts);
-		else if (why == PYCOPY_LEFT_QUIET && !pycopy_forgive(s, work, config, counts) &&
-			 pycopy_since(s->progress_ns, now_ns) >= config->quiet_max_ns)
-			pycopy_expel(s, &work->flow, counts, why);
+		} else if (why == PYCOPY_LEFT_QUIET) {
+			forgiven = pycopy_forgive(s, work, counts);
+			if (forgiven < 0)
+				pycopy_expel(s, &work->flow, counts, PYCOPY_LEFT_CLOSE);
+			else if (!forgiven && pycopy_since(s->progress_ns, now_ns) >= config->quiet_max_ns)
+				pycopy_expel(s, &work->flow, counts, why);
+		}
 	}
 	if (s->owner == PYCOPY_LEAVING) {
 		pycopy_call_attention(&work->flow);

@@ -103,8 +103,10 @@ static __always_inline int pycopy_may_send(struct pycopy_session *s,
 	} else if (config->wait_for_response) {
 		if (owed > 0)
 			return PYCOPY_HOLD;
-		/* A close waits for quiet where the target has said more (release.py). */
-		if (owed < 0 && !offer->seg_len)
+		/* A close waits for quiet where the target has said more, or may have more to
+		 * say than it is counted to owe (release.py).
+		 */
+		if ((owed < 0 && !offer->seg_len) || (offer->fin && s->known & PYCOPY_KNOWN_DOUBT))
 			return pycopy_leave(s, PYCOPY_LEFT_CLOSE);
 		if (pycopy_asks_ahead(s, offer))
 			return PYCOPY_HOLD;

@@ -40,6 +40,10 @@ def _pump(session: "Session", now_ns: int) -> None:
             return
         if state not in MAY_SEND or not _released(session, chunk, now_ns):
             return
+        if target.doubtful and chunk.data and chunk.flags & FIN and state is State.ESTABLISHED:
+            # The request may leave, its FIN is a close.
+            queue.insert(0, chunk.split(len(chunk.data)))
+            chunk = queue[0]
         if state is State.CLOSE_WAIT and _needs_new_connection(target, chunk):
             # What is in flight was sent before the target closed, and may come back.
             if not target.flight:
@@ -58,14 +62,14 @@ def _released(session: "Session", chunk: Chunk, now_ns: int) -> bool:
     counted = release.may_release(target, chunk)
     if not counted:
         quiet_at = release.quiet_deadline_ns(target, rules, since_ns)
-        if not chunk.data and release.owes_much(target, chunk):
-            quiet_at = max(quiet_at, since_ns + rules.quiet_max_ns)
     elif release.closes_ahead(target, chunk):
         quiet_at = release.close_deadline_ns(target, rules, since_ns)
     elif not online.overlapping and release.asks_ahead(target, chunk):
         quiet_at = since_ns + rules.quiet_max_ns
     else:
         return True
+    if not chunk.data and release.in_doubt(target, chunk):
+        quiet_at = max(quiet_at, release.doubt_deadline_ns(chunk, rules, since_ns))
     if quiet_at > now_ns:
         session.quiet_at = quiet_at
         return False

@@ -175,7 +175,7 @@ class Opening:
         if session.attempts < table.rules.syn_retries:
             target_key = self._addresses.other_port(session.target_key, jump, self._is_unused)
         if target_key is None:
-            return  # with every SYN that it repeats it asks for the port it has again
+            return  # if it still repeats its SYN, it asks again each time for the port it has
         del table.by_target[session.target_key]
         table.on_release(session.target_key)
         table.by_target[target_key] = session

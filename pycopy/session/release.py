@@ -25,7 +25,9 @@ target still has to say. Where the target has said *more* than the client had re
 count no longer tells its last answer from those before; then a close waits for quiet, too.
 (HTTP/2 servers send more or fewer frames of their own from one run to the next.) And a target
 that owes a segment or more may not be brief but pause, in want of CPU or with a lost segment to
-repeat: behind such a silence a close waits for the longest one (``quiet_max_ns``).
+repeat. A request may leave in that pause, but a close waits for the longest silence
+(``quiet_max_ns``), and so does every close where a request has left: what was forgiven may
+still come, and then the count ends before the answer does.
 
 Rule 1 needs no notion of a request, so greetings, pipelining and streams need no special
 case; and where both servers answer alike it holds in the very turn in which the answer
@@ -58,15 +60,27 @@ def quiet_deadline_ns(target: Target, rules: Rules, since_ns: int) -> int:
     return since_ns + min(max(wait_ns, rules.quiet_ns), rules.quiet_max_ns)
 
 
-def owes_much(target: Target, chunk: Chunk) -> bool:
-    """True where an answer is shorter by more than other words in its head would make it."""
-    return chunk.need - target.need_base - (target.rcv_nxt - 1) >= target.smss
-
-
 def forgive(target: Target, chunk: Chunk) -> None:
     """Rule 3, applied: from here on the shorter answer counts as the whole one."""
-    target.doubtful = target.doubtful or owes_much(target, chunk)
+    target.doubtful = in_doubt(target, chunk)
     target.need_base = chunk.need - (target.rcv_nxt - 1)
+
+
+def in_doubt(target: Target, chunk: Chunk) -> bool:
+    """True where the answer before ``chunk`` is shorter, or was on this connection, by more
+    than other words in its head would make it: it may go on."""
+    if target_is_over(target):
+        return False
+    owed = chunk.need - target.need_base - (target.rcv_nxt - 1)
+    return target.doubtful or owed >= target.smss
+
+
+def doubt_deadline_ns(chunk: Chunk, rules: Rules, since_ns: int) -> int:
+    """Until when a close in doubt waits at least, beyond what it has to wait for anyway.
+
+    A target that says a little now and then must not hold it for ever.
+    """
+    return min(since_ns + rules.quiet_max_ns, chunk.time_ns + rules.doubt_max_ns)
 
 
 def asks_ahead(target: Target, chunk: Chunk) -> bool:
@@ -81,15 +95,12 @@ def asks_ahead(target: Target, chunk: Chunk) -> bool:
 def closes_ahead(target: Target, chunk: Chunk) -> bool:
     """True for a close that the count lets go, though the target may not have said all."""
     ahead = chunk.need - target.need_base < target.rcv_nxt - 1
-    return ahead and not chunk.data and not target_is_over(target)
+    return (ahead or target.doubtful) and not chunk.data and not target_is_over(target)
 
 
 def close_deadline_ns(target: Target, rules: Rules, since_ns: int) -> int:
     """When such a close leaves: after a quiet while, and soon even without an answer."""
-    latest_ns = since_ns + rules.quiet_max_ns
-    if target.doubtful:
-        return latest_ns
-    return min(quiet_deadline_ns(target, rules, since_ns), latest_ns)
+    return min(quiet_deadline_ns(target, rules, since_ns), since_ns + rules.quiet_max_ns)
 
 
 def count_from(online: Online, target: Target, acked: int) -> int:

@@ -21,6 +21,9 @@ class Rules:
     #: Shortest silence of the target after which a shorter answer counts as complete.
     quiet_ns: int = 20 * MS
     quiet_max_ns: int = SECOND
+    #: How long after its capture a close still waits for the longest silence, where the target
+    #: may only pause in its answer (release.py): a busy one may be so far behind.
+    doubt_max_ns: int = 60 * SECOND
     #: How long a greeting is waited for that the online server gave. What makes a greeting slow
     #: is the look-up of the client's name, and 5 s are what a resolver waits for its server.
     #: A request that leaves too early lies in the target's buffer until the greeting is out.

@@ -215,7 +215,8 @@ def compiler_of(pid):
 
 
 @pytest.mark.parametrize("command", ["replay", "intercept"])
-def test_ctrl_c_while_starting_is_one_line(scenario, lab, tmp_path, command):
+def test_ctrl_c_while_starting_is_one_line(scenario, lab, tmp_path, monkeypatch, command):
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))  # so that it has to compile
     run = scenario(Placement.TARGET if command == "intercept" else Placement.SELF, 4)
     program = run.copying.programs[0]
     said = tmp_path / "said"

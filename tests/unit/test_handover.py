@@ -12,6 +12,7 @@ from pycopy.abi import (
     ACK,
     FIN,
     KERNEL_SESSION,
+    KNOWN_DOUBT,
     KNOWN_FIN,
     KNOWN_IRS,
     KNOWN_NEED,
@@ -99,15 +100,16 @@ def test_a_held_segment_of_which_a_part_has_left():
 
 def test_what_is_known_of_the_client_comes_along():
     kernel = kernel_session(
-        known=KNOWN_IRS | KNOWN_NEED | KNOWN_SENT | KNOWN_OVERLAP, asked=80, asked_ns=3 * SECOND,
-        client_rtt_ns=20 * MS, answered=498, said_before=497,
+        known=KNOWN_IRS | KNOWN_NEED | KNOWN_SENT | KNOWN_OVERLAP | KNOWN_DOUBT,
+        asked=80, asked_ns=3 * SECOND, client_rtt_ns=20 * MS, answered=498, said_before=497,
     )  # fmt: skip
     session = adopt(Host(), kernel, [], 6 * SECOND)
     online, target = session.online, session.target
     assert (online.overlapping, online.asked_ns, online.rtt_ns) == (True, 3 * SECOND, 20 * MS)
     assert (target.asked, target.answered, target.said_before) == (96, 500, 499)
     again = describe(session)
-    assert again.known & KNOWN_OVERLAP
+    assert target.doubtful
+    assert again.known & KNOWN_OVERLAP and again.known & KNOWN_DOUBT
     assert (again.asked, again.answered, again.said_before) == (80, 498, 497)
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from pycopy.abi import (
+    KNOWN_DOUBT,
     KNOWN_FIN,
     KNOWN_IRS,
     KNOWN_NEED,
@@ -114,6 +115,8 @@ def test_what_is_known_behind_a_request_that_needed_nothing():
     assert kernel.online_need == kernel.sent_need == 7001
     session.online.overlapping = True
     assert describe(session).known == KNOWN_IRS | KNOWN_NEED | KNOWN_SENT | KNOWN_OVERLAP
+    session.online.overlapping, session.target.doubtful = False, True
+    assert describe(session).known == KNOWN_IRS | KNOWN_NEED | KNOWN_SENT | KNOWN_DOUBT
 
 
 def test_the_windows_as_they_are_and_the_largest():

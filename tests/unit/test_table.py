@@ -77,6 +77,24 @@ def test_claims_come_before_the_syn_and_are_released_at_the_end():
     assert bench.ledger.outcomes[Outcome.RUN_ENDED] == 1
 
 
+def test_a_target_that_ticks_does_not_hold_a_close_for_ever():
+    """It owes much and says ten bytes twice a second: there is no long silence to wait for."""
+    bench = Bench()
+    key = bench.open(1).target_key
+    bench.client(1, PSH | ACK, 1, 1, b"request")
+    bench.target(key, ACK, 1, 8, 2920)
+    bench.client(1, FIN | ACK, 8, 100_001)
+    said, closed_ns = 2921, 0
+    while not closed_ns and bench.now_ns < 2 * bench.table.rules.doubt_max_ns:
+        bench.until(bench.now_ns + SECOND // 2)
+        bench.target(key, PSH | ACK, said, 8, 10)
+        said += 10
+        if any(each.flags & FIN for each in bench.table.outbox):
+            closed_ns = bench.now_ns
+    assert 0 <= closed_ns - bench.table.rules.doubt_max_ns <= SECOND
+    assert bench.ledger.fates[Fate.HELD] == 0
+
+
 def test_responses_of_nobody():
     bench = Bench()
     bench.target(bytes(36), ACK)
