@@ -33,23 +33,22 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 class Addresses(Protocol):
     """One of the three."""
 
+    #: What the port may be where it is not the client's own, in rising order.
+    ports: Sequence[int]
+
     def allocate(
         self, client_addr: bytes, client_port: int, target_addr: bytes, target_port: int,
         is_free: IsFree,
     ) -> bytes | None:  # fmt: skip
         """Return a free key towards the target's address and port, or None."""
 
-    def other_port(self, target_key: bytes, jump: int, is_free: IsFree) -> bytes | None:
-        """Return a free key that differs from ``target_key`` in its port, or None.
 
-        ``jump``: any number that another replay with the same wish does not have, so that the
-        two do not go from port to port together.
-        """
+def other_port(target_key: bytes, jump: int, ports: Sequence[int], is_free: IsFree) -> bytes | None:
+    """Return a free key that differs from ``target_key`` in its port, one of ``ports``, or None.
 
-
-def _other_port(
-    target_key: bytes, jump: int, ports: Sequence[int], is_free: IsFree
-) -> bytes | None:
+    ``jump``: any number that another replay with the same wish does not have, so that the
+    two do not go from port to port together.
+    """
     source, target_addr, port, target_port = KEY.unpack(target_key)
     return _next_free(source, port + 1 + jump, ports, target_addr, target_port, is_free)
 
@@ -76,7 +75,7 @@ class KeptAddresses:
 
     def __init__(self, ports: Sequence[int] = PORTS) -> None:
         """``ports``: what another port may be, in rising order."""
-        self._ports = ports
+        self.ports = ports
 
     def allocate(
         self, client_addr: bytes, client_port: int, target_addr: bytes, target_port: int,
@@ -88,11 +87,8 @@ class KeptAddresses:
         if is_free(key):
             return key
         return _next_free(
-            client_addr, client_port + 1, self._ports, target_addr, target_port, is_free
+            client_addr, client_port + 1, self.ports, target_addr, target_port, is_free
         )
-
-    def other_port(self, target_key: bytes, jump: int, is_free: IsFree) -> bytes | None:
-        return _other_port(target_key, jump, self._ports, is_free)
 
 
 class PooledAddresses:
@@ -114,7 +110,7 @@ class PooledAddresses:
             6: [net for net in networks if net.version == 6],
         }
         self._excluded = excluded
-        self._ports = ports
+        self.ports = ports
 
     def allocate(
         self, client_addr: bytes, client_port: int, target_addr: bytes, target_port: int,
@@ -131,14 +127,11 @@ class PooledAddresses:
             if is_free(key):
                 return key
             other = _next_free(
-                source, client_port + 1, self._ports, target_addr, target_port, is_free
+                source, client_port + 1, self.ports, target_addr, target_port, is_free
             )
             if other is not None:
                 return other
         return None
-
-    def other_port(self, target_key: bytes, jump: int, is_free: IsFree) -> bytes | None:
-        return _other_port(target_key, jump, self._ports, is_free)
 
     def _member(self, target_addr: bytes, number: int) -> bytes | None:
         """Return pool member ``number`` (taken round) of the target's family, 16 bytes."""
@@ -165,7 +158,7 @@ class SelfPorts:
         """``ports``: the reserved ones, none in use; ``source_for(target_addr)``: our address;
         ``first``: index of the port to begin with.
         """
-        self._ports = ports
+        self.ports = ports
         self._source_for = source_for
         self._first = first
         self._next: dict[tuple[bytes, int], int] = {}
@@ -175,7 +168,7 @@ class SelfPorts:
         is_free: IsFree,
     ) -> bytes | None:  # fmt: skip
         source = self._source_for(target_addr)
-        ports, target = self._ports, (target_addr, target_port)
+        ports, target = self.ports, (target_addr, target_port)
         position = self._next.get(target, self._first)
         for _ in range(min(len(ports), TRIES)):
             key = KEY.pack(source, target_addr, ports[position], target_port)
@@ -184,9 +177,6 @@ class SelfPorts:
             if is_free(key):
                 return key
         return None
-
-    def other_port(self, target_key: bytes, jump: int, is_free: IsFree) -> bytes | None:
-        return _other_port(target_key, jump, self._ports, is_free)
 
 
 def usable_hosts(net: Network) -> int:

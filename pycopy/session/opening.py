@@ -22,7 +22,7 @@ from pycopy.abi import (
 from pycopy.inet import family_of
 from pycopy.ledger import Count, Fate
 from pycopy.seq import MASK
-from pycopy.session.addresses import Addresses, IsFree
+from pycopy.session.addresses import Addresses, IsFree, other_port
 from pycopy.session.admission import Admission
 from pycopy.session.arrival import MAX_WSCALE, MIN_MSS
 from pycopy.session.session import Session, drop
@@ -173,7 +173,8 @@ class Opening:
         jump = session.target.iss
         target_key = None
         if session.attempts < table.rules.syn_retries:
-            target_key = self._addresses.other_port(session.target_key, jump, self._is_unused)
+            ports = self._addresses.ports
+            target_key = other_port(session.target_key, jump, ports, self._is_unused)
         if target_key is None:
             return  # if it still repeats its SYN, it asks again each time for the port it has
         del table.by_target[session.target_key]

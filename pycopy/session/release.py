@@ -40,9 +40,15 @@ from pycopy.session.stream import HORIZON_BYTES
 from pycopy.session.views import NEVER, NO_POSITION, Chunk, Online, Target
 
 
+def owed_bytes(target: Target, chunk: Chunk) -> int:
+    """How many bytes the target still owes before ``chunk`` may leave by rule 1; negative: it
+    has said more than the client had received online."""
+    return chunk.need - target.need_base - (target.rcv_nxt - 1)
+
+
 def may_release(target: Target, chunk: Chunk) -> bool:
     """Rules 1 and 2."""
-    return chunk.need - target.need_base < target.rcv_nxt or target_is_over(target)
+    return owed_bytes(target, chunk) <= 0 or target_is_over(target)
 
 
 def target_is_over(target: Target) -> bool:
@@ -63,7 +69,7 @@ def quiet_deadline_ns(target: Target, rules: Rules, since_ns: int) -> int:
 def forgive(target: Target, chunk: Chunk) -> None:
     """Rule 3, applied: from here on the shorter answer counts as the whole one."""
     target.doubtful = in_doubt(target, chunk)
-    target.need_base = chunk.need - (target.rcv_nxt - 1)
+    target.need_base += owed_bytes(target, chunk)
 
 
 def in_doubt(target: Target, chunk: Chunk) -> bool:
@@ -71,8 +77,7 @@ def in_doubt(target: Target, chunk: Chunk) -> bool:
     than other words in its head would make it: it may go on."""
     if target_is_over(target):
         return False
-    owed = chunk.need - target.need_base - (target.rcv_nxt - 1)
-    return target.doubtful or owed >= target.smss
+    return target.doubtful or owed_bytes(target, chunk) >= target.smss
 
 
 def doubt_deadline_ns(chunk: Chunk, rules: Rules, since_ns: int) -> int:
@@ -94,8 +99,9 @@ def asks_ahead(target: Target, chunk: Chunk) -> bool:
 
 def closes_ahead(target: Target, chunk: Chunk) -> bool:
     """True for a close that the count lets go, though the target may not have said all."""
-    ahead = chunk.need - target.need_base < target.rcv_nxt - 1
-    return (ahead or target.doubtful) and not chunk.data and not target_is_over(target)
+    if chunk.data or target_is_over(target):
+        return False
+    return target.doubtful or owed_bytes(target, chunk) < 0
 
 
 def close_deadline_ns(target: Target, rules: Rules, since_ns: int) -> int:
