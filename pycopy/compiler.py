@@ -58,17 +58,17 @@ def _compile(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     count = lib.bpf_num_tables(module.module)
     names = [lib.bpf_table_name(module.module, index).decode() for index in range(count)]
     fds = [lib.bpf_table_fd(module.module, name.encode()) for name in names]
-    known = dict(zip(fds, names, strict=True))
-    said = {
+    known = {fd: index for index, fd in enumerate(request["map_fds"])}
+    known |= dict(zip(fds, names, strict=True))
+    made = {
         "license": lib.bpf_module_license(module.module).decode(),
         "programs": [_describe(lib, module.module, name, known) for name in request["programs"]],
     }
-    return {"maps": names, "object": said, "made_by": _own_files()}, [*programs, *fds]
+    return {"maps": names, "object": made, "made_by": _own_files()}, [*programs, *fds]
 
 
-def _describe(lib: Any, module: Any, name: str, known: dict[int, str]) -> dict[str, Any]:
-    """The instructions of a function, and the maps that they mean: those of the text by name,
-    those that were there before by the numbers of their descriptors."""
+def _describe(lib: Any, module: Any, name: str, known: dict[int, Any]) -> dict[str, Any]:
+    """The instructions of a function, and which of them means which map (of ``known``)."""
     start = lib.bpf_function_start(module, name.encode())
     code = ctypes.string_at(start, lib.bpf_function_size(module, name.encode()))
     references = []
@@ -77,12 +77,8 @@ def _describe(lib: Any, module: Any, name: str, known: dict[int, str]) -> dict[s
             code, index * _INSTRUCTION.size
         )
         if operation == _LOAD_CONSTANT and registers >> 4 == _PSEUDO_MAP:
-            references.append((index, known.get(constant, str(constant))))
-    return {
-        "name": name,
-        "code": base64.b64encode(code).decode(),
-        "references": references,
-    }
+            references.append((index, known[constant]))
+    return {"name": name, "code": base64.b64encode(code).decode(), "references": references}
 
 
 def _own_files() -> list[str]:

@@ -159,12 +159,12 @@ def load(
         "stub": str(directory / "stub"),
         "programs": list(programs),
         "xdp": hook_xdp,
+        "map_fds": list(map_fds),
     }
     reply, fds = _ask_child(request, path.name, map_fds)
     module = Module(programs, hook_xdp, fds, reply["maps"])
     named = {name: each.fd for name, each in module.maps.items()}
-    made = objects.from_compiler(reply["object"], named, map_fds)
-    objects.keep(key, made, reply["made_by"])
+    objects.keep(key, reply["object"], named, reply["made_by"])
     return module
 
 

@@ -27,7 +27,7 @@ _DIRECTORY = "/var/cache/pycopy"
 _KEPT = 128
 
 #: Of the layout of the files.
-_VERSION = 1
+_VERSION = 2
 
 #: ``struct bpf_insn``: a load of a 64-bit constant, which is a map's descriptor.
 _INSTRUCTION = struct.Struct("=BBhi")
@@ -47,12 +47,12 @@ class MapShape(NamedTuple):
 
 
 class Program(NamedTuple):
-    """``references``: (index of an instruction, the map it means): one of the object's by its
-    name, one made before by its index."""
+    """``references``: pairs of the index of an instruction and the map that it means, one of
+    the object's by its name, one made before by its index."""
 
     name: str
     code: bytes
-    references: Sequence[tuple[int, str | int]]
+    references: Sequence[Sequence[Any]]
 
 
 class Object(NamedTuple):
@@ -107,36 +107,6 @@ def load(found: Object, xdp: bool, map_fds: Sequence[int]) -> tuple[list[str], l
     return list(maps), [*programs, *maps.values()]
 
 
-# -- what the compiling child says ---------------------------------------------------------
-
-
-def from_compiler(
-    said: Mapping[str, Any], maps: Mapping[str, int], map_fds: Sequence[int]
-) -> Object:
-    """An object of what pycopy.compiler reports of its work.
-
-    ``maps``: descriptors of those it made; ``map_fds``: of those it was given.
-    """
-    shapes = []
-    for name, fd in maps.items():
-        info = link.map_info(fd)
-        shapes.append(
-            MapShape(
-                name, info.type, info.key_bytes, info.value_bytes, info.max_entries, info.flags
-            )
-        )
-    given = {str(fd): index for index, fd in enumerate(map_fds)}
-    programs = [
-        Program(
-            each["name"],
-            base64.b64decode(each["code"]),
-            [(index, given.get(which, which)) for index, which in each["references"]],
-        )
-        for each in said["programs"]
-    ]
-    return Object(said["license"], programs, shapes)
-
-
 # -- on the disk ---------------------------------------------------------------------------
 
 
@@ -158,28 +128,28 @@ def find(key: str) -> Object | None:
     if any(_identity(path) != identity for path, identity in kept["made_by"].items()):
         return None
     programs = [
-        Program(name, base64.b64decode(code), [(index, which) for index, which in references])
-        for name, code, references in kept["programs"]
+        Program(each["name"], base64.b64decode(each["code"]), each["references"])
+        for each in kept["programs"]
     ]
     return Object(kept["license"], programs, [MapShape(*each) for each in kept["maps"]])
 
 
-def keep(key: str, made: Object, made_by: Sequence[str]) -> None:
-    """Keep ``made`` under ``key``; ``made_by``: the files that the compiler consists of."""
+def keep(
+    key: str, made: Mapping[str, Any], maps: Mapping[str, int], made_by: Sequence[str]
+) -> None:
+    """Keep what pycopy.compiler has ``made`` under ``key``.
+
+    ``maps``: descriptors of those it made, by name; ``made_by``: the files it consists of.
+    """
     directory = _directory(make=True)
     if directory is None:
         return
-    text = json.dumps(
-        {
-            "made_by": {path: _identity(path) for path in made_by},
-            "license": made.license,
-            "programs": [
-                (each.name, base64.b64encode(each.code).decode(), each.references)
-                for each in made.programs
-            ],
-            "maps": made.maps,
-        }
-    ).encode()
+    content = {
+        **made,
+        "made_by": {path: _identity(path) for path in made_by},
+        "maps": [_shape(name, fd) for name, fd in maps.items()],
+    }
+    text = json.dumps(content).encode()
     # Whatever fails here, the next start compiles again.
     with contextlib.suppress(OSError):
         fd, temporary = tempfile.mkstemp(dir=directory)
@@ -191,6 +161,11 @@ def keep(key: str, made: Object, made_by: Sequence[str]) -> None:
             os.unlink(temporary)
             raise
         _prune(directory)
+
+
+def _shape(name: str, fd: int) -> MapShape:
+    info = link.map_info(fd)
+    return MapShape(name, info.type, info.key_bytes, info.value_bytes, info.max_entries, info.flags)
 
 
 def _check(text: bytes) -> bytes:
