@@ -136,8 +136,7 @@ static __always_inline long pycopy_clone_as(PYCOPY_CTX *ctx, struct pycopy_work 
 	u16 vlan_tag = 0, vlan_protocol = 0, id;
 	long failed;
 
-	PYCOPY_PIN(header_bytes);
-	if (header_bytes < 20 || header_bytes > 60)
+	if (!pycopy_within(&header_bytes, 20, 60))
 		return -1;
 	if (bpf_skb_load_bytes(ctx, 0, saved, tcp_at + header_bytes))
 		return -1;
@@ -180,8 +179,8 @@ static __always_inline long pycopy_clone_as(PYCOPY_CTX *ctx, struct pycopy_work 
 	return failed;
 }
 
-/* The packet at hand becomes the segment `work->reply`, with `payload` bytes out of the
- * log (0: none, `from` is null).  Zero: it is ready to be redirected.
+/* The packet at hand becomes the segment `work->reply`, with `payload` bytes, at least one,
+ * out of the log (`from` is null: none).  Zero: it is ready to be redirected.
  */
 static __always_inline long pycopy_become(PYCOPY_CTX *ctx, struct pycopy_work *work,
 					  const struct pycopy_key *key, const struct pycopy_hop *hop,
@@ -197,9 +196,6 @@ static __always_inline long pycopy_become(PYCOPY_CTX *ctx, struct pycopy_work *w
 
 	if (ctx->vlan_present)
 		bpf_skb_vlan_pop(ctx);
-	PYCOPY_PIN(payload);
-	if (payload > PYCOPY_RELEASE_BYTES)
-		return -1;
 	__builtin_memset(fresh + tcp_at, 0, 32);
 	pycopy_put_ip(fresh, hop->l2, key->client_addr, key->server_addr, ip_bytes,
 		      PYCOPY_IP_TCP, header_bytes + payload, 0);
@@ -211,6 +207,8 @@ static __always_inline long pycopy_become(PYCOPY_CTX *ctx, struct pycopy_work *w
 	pseudo = pycopy_fold(pseudo);
 	total = timestamps ? pycopy_sum(fresh + tcp_at, 32, pseudo)
 			   : pycopy_sum(fresh + tcp_at, 20, pseudo);
+	/* Else clang asks `payload` instead, of which the verifier knows less. */
+	PYCOPY_PIN(from);
 	if (from) {
 #pragma clang loop unroll(disable)
 		for (u64 done = 0; done < PYCOPY_RELEASE_BYTES; done += PYCOPY_SUM_BYTES) {
@@ -231,7 +229,8 @@ static __always_inline long pycopy_become(PYCOPY_CTX *ctx, struct pycopy_work *w
 	pycopy_put16(fresh + tcp_at + 16, pseudo);
 	if (bpf_skb_store_bytes(ctx, 0, fresh, tcp_at + header_bytes, 0))
 		return -1;
-	if (from && payload && bpf_skb_store_bytes(ctx, tcp_at + header_bytes, from, payload, 0))
+	if (from && (!pycopy_within(&payload, 1, PYCOPY_RELEASE_BYTES) ||
+		     bpf_skb_store_bytes(ctx, tcp_at + header_bytes, from, payload, 0)))
 		return -1;
 	return bpf_l4_csum_replace(ctx, tcp_at + 16, 0,
 				   (u32)pycopy_fold((u64)pycopy_fold(total) + pseudo), 0);

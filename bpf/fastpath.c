@@ -11,26 +11,20 @@
  * pycopy_control: takes a session away from the kernel, gives one back, or frees a
  * slot, atomically against everything that arrives meanwhile.
  */
-#include <uapi/linux/bpf.h>
-#include <uapi/linux/pkt_cls.h>
-
 #include "fastpath.h"
 
-/* Words of 64 sessions without anything pending that one step passes over; of a sweep, slots
- * that are not the kernel's.
+/* Groups of sessions without anything pending that one step passes over; of a sweep, slots that
+ * are not the kernel's.
  */
-#define PYCOPY_EMPTY_WORDS 64
-#define PYCOPY_EMPTY_SLOTS 64
-
-/* Where each of the two kinds of passes is. */
-BPF_ARRAY(cursors, u32, 2);
+#define PYCOPY_EMPTY_GROUPS 64
+#define PYCOPY_EMPTY_SLOTS  64
 
 static __always_inline void pycopy_call_attention(const struct pycopy_flow *flow)
 {
 	struct pycopy_attention attention = {flow->slot, flow->generation};
 
 	/* Full: the timer comes by again. */
-	pycopy_ring_output(PYCOPY_MAP(PYCOPY_MAP_ATTENTION), &attention, sizeof(attention), 0);
+	pycopy_map_push(PYCOPY_MAP(PYCOPY_MAP_ATTENTION), &attention, 0);
 }
 
 /* pycopy_next_slot() of a sweep: whatever session the kernel has. */
@@ -55,39 +49,55 @@ static __always_inline u32 pycopy_next_kept(u32 *at)
 	return PYCOPY_NO_SLOT;
 }
 
+/* Which byte of a word is the first that is not zero. */
+static __always_inline u32 pycopy_lowest_byte(u64 word)
+{
+	u32 byte = 0;
+
+	if (!(word & 0xffffffff)) {
+		word >>= 32;
+		byte = 4;
+	}
+	if (!(word & 0xffff)) {
+		word >>= 16;
+		byte += 2;
+	}
+	return word & 0xff ? byte : byte + 1;
+}
+
 /* The next slot from *at on to look at, or PYCOPY_NO_SLOT: none within this step, and
  * *at says where the next one goes on.
  */
 static __always_inline u32 pycopy_next_slot(u32 *at, int all)
 {
-	u32 slot = *at, word;
-	u64 bits, low, *pending;
-	u32 bit = 0;
+	struct pycopy_pending *pending;
+	u32 slot = *at, group, byte;
+	u64 bits;
 
 	if (all)
 		return pycopy_next_kept(at);
 #pragma clang loop unroll(disable)
-	for (u64 i = 0; i < PYCOPY_EMPTY_WORDS; i++) {
+	for (u64 i = 0; i < PYCOPY_EMPTY_GROUPS; i++) {
 		PYCOPY_PIN(i);
-		word = slot / 64;
-		pending = pycopy_lookup(PYCOPY_MAP_PENDING, &word);
+		group = slot / PYCOPY_PENDING_SLOTS;
+		pending = pycopy_lookup(PYCOPY_MAP_PENDING, &group);
 		if (!pending)
 			break;
-		bits = *pending & (~0ULL << (slot & 63));
-		if (bits) {
-			low = bits & -bits;
-			__sync_fetch_and_and(pending, ~low);
-			for (int shift = 32; shift; shift >>= 1) {
-				if (low >> shift) {
-					low >>= shift;
-					bit += shift;
-				}
+		/* A word at a time, from the slot at hand on. */
+		for (int word = 0; word < PYCOPY_PENDING_SLOTS / 8; word++) {
+			if (slot % PYCOPY_PENDING_SLOTS >= 8 * (word + 1))
+				continue;
+			bits = pending->words[word];
+			bits &= ~0ULL << (8 * (slot & 7));
+			if (bits) {
+				byte = pycopy_lowest_byte(bits);
+				((u8 *)&pending->words[word])[byte & 7] = 0;
+				slot = group * PYCOPY_PENDING_SLOTS + 8 * word + byte;
+				*at = slot + 1;
+				return slot;
 			}
-			slot = word * 64 + bit;
-			*at = slot + 1;
-			return slot;
+			slot = group * PYCOPY_PENDING_SLOTS + 8 * (word + 1);
 		}
-		slot = (word + 1) * 64;
 	}
 	*at = slot;
 	return PYCOPY_NO_SLOT;
@@ -247,27 +257,27 @@ int pycopy_timer(struct __sk_buff *ctx)
 {
 	struct pycopy_fast_config *config = pycopy_config();
 	u64 *counts = pycopy_fast_counts();
-	u32 slot, *at, mark = ctx->mark & 0xff;
+	u32 slot, *at, mark = ctx->mark & 0xff, slots = PYCOPY_CONSTANT(SLOTS);
 	u32 seen = ctx->mark & PYCOPY_TIMER_SEEN;
 	struct pycopy_work *work = pycopy_work_of_cpu();
 	u32 all = mark == PYCOPY_TIMER_BEGIN_ALL || mark == PYCOPY_TIMER_GO_ON_ALL;
 
-	at = cursors.lookup(&all);
+	at = pycopy_lookup(PYCOPY_MAP_CURSORS, &all);
 	if (!config || !counts || !work || !at || mark == PYCOPY_TIMER_DONE)
 		return PYCOPY_TIMER_DONE | seen;
 	if (mark == PYCOPY_TIMER_BEGIN || mark == PYCOPY_TIMER_BEGIN_ALL) {
 		*at = 0;
 		mark += PYCOPY_TIMER_GO_ON - PYCOPY_TIMER_BEGIN;
 	}
-	work->now_ns = pycopy_now(config);
+	work->now_ns = pycopy_now();
 	if (pycopy_expire_oldest(work)) {
 		ctx->mark = mark | seen;
 		return mark | seen;
 	}
 	slot = pycopy_next_slot(at, all);
-	if (*at >= PYCOPY_SLOTS)
+	if (*at >= slots)
 		mark = PYCOPY_TIMER_DONE;
-	if (slot < PYCOPY_SLOTS) {
+	if (slot < slots) {
 		ctx->mark = 0; /* what is sent from here is marked as nothing else is */
 		seen |= pycopy_look(ctx, slot, work, config, counts, all);
 	}

@@ -207,7 +207,8 @@ static __always_inline int pycopy_open(PYCOPY_CTX *ctx, struct pycopy_packet *pa
 		next_port = pycopy_lookup(PYCOPY_MAP_NEXT_PORT, &service);
 #pragma unroll
 		for (int i = 0; next_port && i < PYCOPY_PORT_TRIES; i++) {
-			u32 number = __sync_fetch_and_add(next_port, 1) % config->ports;
+			/* Not atomic: who gets another CPU's number finds it taken, and goes on. */
+			u32 number = (*next_port)++ % config->ports;
 			u16 *port = pycopy_lookup(PYCOPY_MAP_PORTS, &number);
 
 			if (!port)
@@ -375,7 +376,7 @@ static __always_inline int pycopy_is_too_long(PYCOPY_CTX *ctx, struct pycopy_seg
 
 /* A client's segment at TC ingress, before it becomes a record. */
 static __always_inline int pycopy_keep_client(PYCOPY_CTX *ctx, struct pycopy_packet *packet,
-					      struct pycopy_segment *segment)
+					      struct pycopy_segment *segment, u64 now_ns)
 {
 	const u8 passed_on = PYCOPY_TCP_FIN | PYCOPY_TCP_PSH;
 	struct pycopy_fast_config *config = pycopy_config();
@@ -388,7 +389,7 @@ static __always_inline int pycopy_keep_client(PYCOPY_CTX *ctx, struct pycopy_pac
 
 	if (!config || !work || !counts)
 		return PYCOPY_TO_USER;
-	work->now_ns = pycopy_now(config);
+	work->now_ns = now_ns;
 	if (pycopy_find_client(ctx, packet, segment, work, config, counts, &s, &kept) || !s)
 		return kept;
 	tcp_header_bytes = packet->payload_at - packet->tcp_at;
@@ -507,7 +508,8 @@ static __always_inline int pycopy_release_one(PYCOPY_CTX *ctx, struct pycopy_ses
 	PYCOPY_PIN(offset);
 	if (offset > PYCOPY_LOG_PAYLOAD)
 		return PYCOPY_TO_USER;
-	failed = pycopy_turn_into(ctx, work, hop, config, (void *)(record + 1) + offset, bytes);
+	failed = pycopy_turn_into(ctx, work, hop, config,
+				  bytes ? (void *)(record + 1) + offset : 0, bytes);
 	if (!failed && !more) {
 		pycopy_count_out(counts, work->reply.flags, bytes, 0);
 		return PYCOPY_GONE_OUT;
@@ -574,7 +576,8 @@ static __always_inline void pycopy_close(struct pycopy_session *s, struct pycopy
  * to `*ifindex`.
  */
 static __always_inline int pycopy_keep_target(PYCOPY_CTX *ctx, struct pycopy_packet *packet,
-					      struct pycopy_segment *segment, u32 *ifindex)
+					      struct pycopy_segment *segment, u64 now_ns,
+					      u32 *ifindex)
 {
 	struct pycopy_fast_config *config = pycopy_config();
 	u32 service;
@@ -601,7 +604,7 @@ static __always_inline int pycopy_keep_target(PYCOPY_CTX *ctx, struct pycopy_pac
 	/* Where the packet's checksum is partial, it says where the TCP header of ours is to be. */
 	if (packet->tcp_at != PYCOPY_L2_BYTES + (packet->family == 4 ? 20 : 40))
 		return pycopy_expel(s, &work->flow, counts, PYCOPY_LEFT_OPTIONS);
-	work->now_ns = pycopy_now(config);
+	work->now_ns = now_ns;
 	bpf_spin_lock(&s->lock);
 	if (pycopy_is_ours(s, &work->flow)) {
 		was = s->state;

@@ -19,25 +19,18 @@
 /* Old records looked at for each new one: more than one, so that room grows. */
 #define PYCOPY_LOG_RECLAIM 8
 
-struct pycopy_log {
-	struct pycopy_log_head head;
-	/* A record may begin in the last byte of the ring proper. */
-	__u8 bytes[PYCOPY_LOG_BYTES + PYCOPY_LOG_ROOM];
-};
-
-static __always_inline struct pycopy_log_record *pycopy_log_at(struct pycopy_log *log, u64 offset)
+static __always_inline struct pycopy_log_record *pycopy_log_at(struct pycopy_log_head *log,
+							       u64 offset)
 {
-	offset &= PYCOPY_LOG_BYTES - 1;
+	offset &= PYCOPY_CONSTANT(LOG_MASK);
 	PYCOPY_PIN(offset);
-	if (offset >= PYCOPY_LOG_BYTES)
-		return 0;
-	return (void *)(log->bytes + offset);
+	return (void *)(log + 1) + offset;
 }
 
 static __always_inline struct pycopy_log_record *pycopy_log_find(u64 at)
 {
 	u32 cpu = at >> PYCOPY_LOG_CPU_SHIFT;
-	struct pycopy_log *log = pycopy_lookup(PYCOPY_MAP_LOG, &cpu);
+	struct pycopy_log_head *log = pycopy_lookup(PYCOPY_MAP_LOG, &cpu);
 
 	return log ? pycopy_log_at(log, at) : 0;
 }
@@ -63,34 +56,34 @@ static __always_inline u64 pycopy_log_append(PYCOPY_CTX *ctx, struct pycopy_segm
 					     u32 boundary)
 {
 	u32 cpu = bpf_get_smp_processor_id();
-	struct pycopy_log *log = pycopy_lookup(PYCOPY_MAP_LOG, &cpu);
+	struct pycopy_log_head *log = pycopy_lookup(PYCOPY_MAP_LOG, &cpu);
+	u64 bytes, payload = segment->seg_len, log_bytes = PYCOPY_CONSTANT(LOG_MASK) + 1;
 	struct pycopy_log_record *record;
-	u64 bytes, payload = segment->seg_len;
 
-	PYCOPY_PIN(payload);
 	if (!log || payload > PYCOPY_LOG_PAYLOAD)
 		return 0;
-	if (!log->head.head)
-		log->head.head = log->head.tail = 8; /* position 0 is nowhere */
+	if (!log->head)
+		log->head = log->tail = 8; /* position 0 is nowhere */
 	/* Behind the payload there is room for a word of zeros, for the checksum. */
 	bytes = (sizeof(*record) + payload + 4 + 7) & ~7ULL;
 	for (int i = 0; i < PYCOPY_LOG_RECLAIM; i++) {
 		/* Nearly all of it is free: no hurry to look what else might be. */
-		if (log->head.head - log->head.tail < PYCOPY_LOG_BYTES / 4)
+		if (log->head - log->tail < log_bytes / 4)
 			break;
-		record = pycopy_log_at(log, log->head.tail);
-		if (!record || !pycopy_log_is_done(record))
+		record = pycopy_log_at(log, log->tail);
+		if (!pycopy_log_is_done(record))
 			break;
-		log->head.tail += record->bytes;
+		log->tail += record->bytes;
 	}
-	if (log->head.head + bytes - log->head.tail > PYCOPY_LOG_BYTES)
+	if (log->head + bytes - log->tail > log_bytes)
 		return 0;
-	record = pycopy_log_at(log, log->head.head);
-	if (!record)
-		return 0;
-	if (payload && bpf_skb_load_bytes(ctx, payload_at, record + 1, payload))
-		return 0;
-	*(u32 *)((void *)(record + 1) + payload) = 0;
+	record = pycopy_log_at(log, log->head);
+	if (payload) {
+		if (!pycopy_within(&payload, 1, PYCOPY_LOG_PAYLOAD) ||
+		    bpf_skb_load_bytes(ctx, payload_at, record + 1, payload))
+			return 0;
+		*(u32 *)((void *)(record + 1) + payload) = 0;
+	}
 	record->bytes = bytes;
 	record->slot = flow->slot;
 	record->generation = flow->generation;
@@ -103,8 +96,8 @@ static __always_inline u64 pycopy_log_append(PYCOPY_CTX *ctx, struct pycopy_segm
 	record->time_ns = segment->time_ns;
 	record->before = before;
 	record->next = 0;
-	log->head.head += bytes;
-	return (u64)cpu << PYCOPY_LOG_CPU_SHIFT | (log->head.head - bytes);
+	log->head += bytes;
+	return (u64)cpu << PYCOPY_LOG_CPU_SHIFT | (log->head - bytes);
 }
 
 /* What stands at `at` will be released behind the session's record before, which is held. */

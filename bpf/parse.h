@@ -13,30 +13,14 @@
  * keep only some of its headers in the linear part (data..data_end), and a
  * multi-buffer XDP frame likewise.
  *
- * PYCOPY_CTX and PYCOPY_LOAD_BYTES, the hook's context type and read helper, are
- * defined by the text the loader puts first.  The wire formats are spelled out
- * here: a kernel header for them would be the only reason to need a header
- * package on a production host.
+ * The wire formats are spelled out here: a kernel header for them would be the only
+ * reason to need a header package on a production host.
  */
 #ifndef PYCOPY_PARSE_H
 #define PYCOPY_PARSE_H
 
+#include "hook.h"
 #include "pycopy.h"
-
-#ifndef __always_inline
-#define __always_inline inline __attribute__((always_inline))
-#endif
-
-#if PYCOPY_HOOK_XDP
-#define PYCOPY_FRAME_BYTES(ctx) ((u32)bpf_xdp_get_buff_len(ctx))
-#else
-#define PYCOPY_FRAME_BYTES(ctx) ((ctx)->len)
-#endif
-
-/* clang otherwise folds a length, or a loop's counter, into another form whose
- * bounds the verifier cannot follow: pin it to a register, then test it.
- */
-#define PYCOPY_PIN(value) asm volatile("" : "+r"(value))
 
 #define PYCOPY_ETH_IPV4	  0x0800
 #define PYCOPY_ETH_IPV6	  0x86dd
@@ -271,14 +255,15 @@ static __always_inline int pycopy_parse_ipv6(PYCOPY_CTX *ctx, u32 at, struct pyc
 	return parsed;
 }
 
-/* PYCOPY_PARSED: a TCP segment whose addresses and ports are in *packet, which
- * the caller has zeroed.  Anything else: the reason why not.
+/* PYCOPY_PARSED: a TCP segment whose addresses and ports are in *packet, all of it anew.
+ * Anything else: the reason why not.
  */
 static __always_inline int pycopy_parse_flow(PYCOPY_CTX *ctx, struct pycopy_packet *packet)
 {
 	u32 at = 0;
 	int parsed, missing;
 
+	__builtin_memset(packet, 0, sizeof(*packet));
 	packet->frame_bytes = PYCOPY_FRAME_BYTES(ctx);
 #if PYCOPY_L2_BYTES
 	struct pycopy_vlan tag;
@@ -342,22 +327,27 @@ static __always_inline u32 pycopy_get32(const u8 *at)
 	return (u32)pycopy_get16(at) << 16 | pycopy_get16(at + 2);
 }
 
-/* Where a segment is put together: in a per-CPU map, not on the stack.  The
- * verifier follows every byte of the stack, and would walk the options loop once
- * for each combination of options it might have met so far.
+/* Where a packet is taken apart and a record put together: in a per-CPU map, not on the stack.
+ * There is no room for it: the stack has 512 bytes, and clang 19 spills more than clang 14.  And
+ * the verifier follows every byte of the stack: it would walk the options loop once for each
+ * combination of headers and options it might have met so far.
  */
 struct pycopy_scratch {
 	struct pycopy_segment segment;
-	__u8 pos; /* in options[] */
+	__u8 payload[PYCOPY_PIECE_BYTES]; /* behind the segment: together they are a record */
+	__u8 pos;			  /* in options[] */
 	/* Long enough for an option of ours that begins in the last byte. */
 	__u8 options[64 + 12];
+	struct pycopy_packet packet;
 };
+
+_Static_assert(sizeof(struct pycopy_scratch) <= PYCOPY_SCRATCH_BYTES,
+	       "the map's values are too short");
 
 static __always_inline int pycopy_parse_sack(PYCOPY_CTX *ctx, u32 at, u64 bytes,
 					     struct pycopy_segment *segment)
 {
-	PYCOPY_PIN(bytes);
-	if (bytes < 8 || bytes > sizeof(segment->sack) || bytes % 8)
+	if (bytes % 8 || !pycopy_within(&bytes, 8, sizeof(segment->sack)))
 		return PYCOPY_PARSED; /* the kernel ignores such an option, too */
 	/* Of several such options the last counts, all of it. */
 	__builtin_memset(segment->sack, 0, sizeof(segment->sack));
@@ -377,8 +367,7 @@ static __always_inline int pycopy_parse_options(PYCOPY_CTX *ctx, u32 at, u64 byt
 {
 	struct pycopy_segment *segment = &scratch->segment;
 
-	PYCOPY_PIN(bytes);
-	if (bytes < 4 || bytes > PYCOPY_TCP_OPTIONS_BYTES)
+	if (!pycopy_within(&bytes, 4, PYCOPY_TCP_OPTIONS_BYTES))
 		return PYCOPY_PARSED;
 	/* What nearly every segment has, and nothing else. */
 	if (bytes == PYCOPY_TIMESTAMPS_BYTES) {
@@ -472,6 +461,13 @@ static __always_inline void pycopy_set_key(struct pycopy_key *key, const __be32 
 	__builtin_memcpy(key->server_addr, server, sizeof(key->server_addr));
 	__builtin_memcpy(key->client_port, &client_port, sizeof(client_port));
 	__builtin_memcpy(key->server_port, &server_port, sizeof(server_port));
+}
+
+static __always_inline void pycopy_set_endpoint(struct pycopy_endpoint *endpoint,
+						const __be32 *address, __be16 port)
+{
+	__builtin_memcpy(endpoint->addr, address, sizeof(endpoint->addr));
+	__builtin_memcpy(endpoint->port, &port, sizeof(port));
 }
 
 #endif

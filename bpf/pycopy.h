@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0
  *
  * The ABI between the BPF programs and user space: every struct, enum and
- * constant both sides share, and nothing else.  pycopy/abi.py is its twin;
- * tests/bpf/test_abi.py compares sizes and offsets.  Change one, change both,
+ * constant both sides share, and nothing else.  pycopy/abi.py and, for the maps,
+ * pycopy/bpfmaps.py are its twins; tests/bpf/test_abi.py compares them.  Change one, change both,
  * and raise PYCOPY_ABI_VERSION: the same records travel over the channel
  * between hosts (pycopy/channel.py), so an old peer must be able to refuse.
  *
@@ -70,9 +70,110 @@ struct pycopy_segment {
 
 #define PYCOPY_PIECE_BYTES 16384
 
+/* --- What the programs are linked with: pycopy/objects.py ---
+ *
+ * Objects are compiled once and for everybody.  What differs from run to run is filled in
+ * when one is loaded: maps, by number; a few sizes, as constants; the user's -F, as a
+ * function.  All else that a run is about lies in maps.
+ */
+
+/* Maps: numbers that the text has in place of descriptors. */
+enum pycopy_map {
+	PYCOPY_MAP_SEGMENTS = 1, /* records: a ring buffer, or a perf event array */
+	PYCOPY_MAP_COUNTS,
+	PYCOPY_MAP_SCRATCH,
+	PYCOPY_MAP_SETTINGS,
+	PYCOPY_MAP_HEARTBEAT,
+	/* capture.c */
+	PYCOPY_MAP_SERVICE_PORTS,
+	PYCOPY_MAP_SERVICES,
+	PYCOPY_MAP_LOCAL_ADDRESSES,
+	PYCOPY_MAP_HANDSHAKES,
+	/* intercept.c */
+	PYCOPY_MAP_SERVERS,
+	PYCOPY_MAP_OURS,
+	PYCOPY_MAP_CLAIMS,
+	PYCOPY_MAP_CLAIMS_DEFAULT,
+	PYCOPY_MAP_RELAYS,
+	PYCOPY_MAP_RELAY_WORK,
+	/* progress.c */
+	PYCOPY_MAP_INTERCEPTS,
+	PYCOPY_MAP_COOKIE,
+	PYCOPY_MAP_PROBES,
+	/* the kernel's sessions: pycopy/fastpath/maps.py */
+	PYCOPY_MAP_SESSIONS,
+	PYCOPY_MAP_FLOWS,
+	PYCOPY_MAP_TARGETS,
+	PYCOPY_MAP_ENDED,
+	PYCOPY_MAP_SLOTS,
+	PYCOPY_MAP_LINGERING,
+	PYCOPY_MAP_PENDING,
+	PYCOPY_MAP_LOG,
+	PYCOPY_MAP_HOPS,
+	PYCOPY_MAP_CONFIG,
+	PYCOPY_MAP_FAST_COUNTS,
+	PYCOPY_MAP_WORK,
+	PYCOPY_MAP_ATTENTION,
+	PYCOPY_MAP_PORTS,
+	PYCOPY_MAP_NEXT_PORT,
+	PYCOPY_MAP_POOL,
+	PYCOPY_MAP_CURSORS,
+};
+
+/* Constants: sizes that depend on the host, which the verifier has to know. */
+enum pycopy_constant {
+	PYCOPY_CONSTANT_PERF = 1, /* records leave by perf event output, not by a ring buffer */
+	PYCOPY_CONSTANT_LOG_MASK, /* bytes of one CPU's log, a power of two, less one */
+	PYCOPY_CONSTANT_SLOTS,	  /* entries of "sessions" */
+};
+
+/* Marks that the linker finds: a source register that no kernel knows, in a load of a 64-bit
+ * constant, and a helper's number that no kernel has.
+ */
+#define PYCOPY_LINK_CONSTANT 15
+#define PYCOPY_LINK_FILTER   0x70790001
+
+/* Map "settings", one entry. */
+struct pycopy_settings {
+	__u32 worker;  /* which of so many workers' flows are these */
+	__u32 workers;
+	__u16 port_lo; /* zero-route mode: ports that copies may leave from */
+	__u16 port_hi;
+	__u16 channel_port;  /* of the intercept, 0: none */
+	__u16 datagram_port; /* of the replay, for datagrams */
+	__u8 redirect_away;  /* TC egress: a dropped packet would be told to the sender's TCP */
+	__u8 reserved[7];
+};
+
+/* Map "heartbeat", one entry of 64 bits: when the process last went round its loop, by
+ * CLOCK_MONOTONIC.  A process that is stopped, hangs or is gone misses it, and what it has left
+ * attached falls still: the copying at once, the swallowing after a grace, since a response
+ * that nobody swallows may reach a real client.
+ */
+#define PYCOPY_LAPSE_NS 2000000000ULL
+#define PYCOPY_GRACE_NS 10000000000ULL
+
+/* An address and port, IPv4-mapped and in network order: key of the maps "services" (value: the
+ * index of a service at that very address), "servers" (the targets of the zero-route mode) and
+ * "intercepts" (value: the index of one, and of its entry in "probes").
+ */
+struct pycopy_endpoint {
+	__u8 addr[16];
+	__u8 port[2];
+	__u8 reserved[2];
+};
+
+/* Map "service_ports": for each port what is copied of it.  0: nothing; else these bits, and
+ * below them the index of the service that has no address.
+ */
+#define PYCOPY_PORT_OWN	     0x10000 /* at any address of this host ("local_addresses") */
+#define PYCOPY_PORT_ANYBODYS 0x20000 /* at any address at all */
+#define PYCOPY_PORT_GIVEN    0x40000 /* and, first, at addresses that are in "services" */
+#define PYCOPY_PORT_INDEX    0xffff
+
 /* Per-CPU counters of capture.c (map "counts").
  * SELECTED + EXTRA_PIECES = CAPTURED + PURE_ACK + FILTERED + FRAGMENT +
- * TRUNCATED + MALFORMED + RING_FULL + KEPT, always.
+ * TRUNCATED + MALFORMED + RING_FULL + KEPT + LAPSED, always.
  */
 enum pycopy_capture_count {
 	PYCOPY_CAP_SELECTED = 0,  /* TCP segments to a copied service, and every TCP fragment */
@@ -85,12 +186,13 @@ enum pycopy_capture_count {
 	PYCOPY_CAP_MALFORMED,	  /* lengths or options that contradict themselves */
 	PYCOPY_CAP_RING_FULL,	  /* user space was too slow: lost, and counted here */
 	PYCOPY_CAP_KEPT,	  /* taken by a session of the kernel's own (PYCOPY_FAST_CLIENT) */
+	PYCOPY_CAP_LAPSED,	  /* user space has missed its heartbeat: nothing is copied */
 	PYCOPY_CAP_COUNTS
 };
 
 /* Per-CPU counters of intercept.c and of progress.c (map "counts").
  * MATCHED = CAPTURED + PASSED + FRAGMENT + TRUNCATED + MALFORMED + RING_FULL + TOO_BIG + KEPT +
- * RELAYED.  In progress.c a datagram stands for a response, and one with a wrong cookie is
+ * RELAYED + LAPSED.  In progress.c a datagram stands for a response, and one with a wrong cookie is
  * PASSED.
  */
 enum pycopy_intercept_count {
@@ -104,6 +206,7 @@ enum pycopy_intercept_count {
 	PYCOPY_INT_TOO_BIG,	  /* ICMP about a copy: recorded, and let through */
 	PYCOPY_INT_KEPT,	  /* taken by a session of the kernel's own (PYCOPY_FAST_RESPONSES) */
 	PYCOPY_INT_RELAYED,	  /* turned into a datagram to its replay, then swallowed */
+	PYCOPY_INT_LAPSED,	  /* a replay's, but nobody has been here for too long: let through */
 	PYCOPY_INT_COUNTS
 };
 
@@ -273,6 +376,16 @@ struct pycopy_session {
 	struct pycopy_key target; /* and ours to the target */
 };
 
+/* Value of the map "pending": a byte for each of so many sessions, not zero where something is
+ * pending.  Bytes, since they can be set and cleared without an atomic operation, which kernels
+ * before 5.12 have only for additions.
+ */
+#define PYCOPY_PENDING_SLOTS 64
+
+struct pycopy_pending {
+	__u64 words[PYCOPY_PENDING_SLOTS / 8];
+};
+
 /* Value of the maps "flows" (by the online key) and "targets" (by the target key). */
 struct pycopy_flow {
 	__u32 slot; /* index in "sessions", or PYCOPY_NO_SLOT: a session of user space's own */
@@ -309,7 +422,9 @@ struct pycopy_log_record {
 	__u64 next;	/* and the next one, if that is held */
 };
 
-/* The head of one CPU's log; PYCOPY_LOG_BYTES of records and room for one more follow. */
+/* The head of one CPU's log; PYCOPY_CONSTANT_LOG_MASK + 1 bytes of records and room for one
+ * more follow.
+ */
 struct pycopy_log_head {
 	__u64 head; /* offset of the next record */
 	__u64 tail; /* offset of the oldest that may still be needed */
@@ -387,14 +502,18 @@ struct pycopy_command {
 	__u8 session[288]; /* struct pycopy_session */
 };
 
-/* Record of the ring "attention": a session that user space must fetch. */
+/* Entry of the queue "attention": a session that user space must fetch. */
 struct pycopy_attention {
 	__u32 slot;
 	__u32 generation;
 };
 
-/* One value of the per-CPU map "work": what does not fit on a program's stack. */
-#define PYCOPY_WORK_BYTES 512
+/* Values of the per-CPU maps "work", "scratch" and "relay_work": what does not fit on a
+ * program's stack, with room to spare.
+ */
+#define PYCOPY_WORK_BYTES	512
+#define PYCOPY_SCRATCH_BYTES	17152
+#define PYCOPY_RELAY_WORK_BYTES 256
 
 /* How the timer is run: __sk_buff.mark going in, and coming out as the return value. */
 enum pycopy_timer {

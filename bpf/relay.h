@@ -23,6 +23,9 @@ struct pycopy_relay_work {
 	struct pycopy_datagram datagram;
 };
 
+_Static_assert(sizeof(struct pycopy_relay_work) <= PYCOPY_RELAY_WORK_BYTES,
+	       "the map's values are too short");
+
 static __always_inline long pycopy_relay_as(PYCOPY_CTX *ctx, const struct pycopy_relay *relay,
 					    const struct pycopy_segment *segment,
 					    struct pycopy_relay_work *work, const u32 ip_bytes)

@@ -24,6 +24,35 @@ PIECE_BYTES = 16384
 
 FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = 1, 2, 4, 8, 16, 32, 64, 128
 
+# --- what the programs are linked with -----------------------------------------------------------
+
+
+class Constant(IntEnum):
+    """``enum pycopy_constant``: sizes of this host or run that the verifier has to know."""
+
+    PERF = 1
+    LOG_MASK = 2
+    SLOTS = 3
+
+
+LINK_CONSTANT, LINK_FILTER = 15, 0x70790001
+
+#: ``struct pycopy_settings``: worker, workers, own ports (low, high), channel's port, datagrams'
+#: port, redirect_away, reserved.
+SETTINGS = struct.Struct("<II4HB7x")
+
+#: How old a heartbeat may be until the programs stop copying, and swallowing.
+LAPSE_NS, GRACE_NS = 2_000_000_000, 10_000_000_000
+
+#: ``struct pycopy_endpoint``: address (16 bytes), port (network order).
+ENDPOINT = struct.Struct("!16sH2x")
+
+PORT_OWN, PORT_ANYBODYS, PORT_GIVEN, PORT_INDEX = 0x10000, 0x20000, 0x40000, 0xFFFF
+
+SCRATCH_BYTES, RELAY_WORK_BYTES = 17152, 256
+
+# --- records -------------------------------------------------------------------------------------
+
 #: ``struct pycopy_key``: client address, server address (16 bytes each, IPv4-mapped for
 #: IPv4), client port, server port (2 bytes each, network order).
 KEY = struct.Struct("!16s16sHH")
@@ -76,6 +105,7 @@ class CaptureCount(IntEnum):
     MALFORMED = 7
     RING_FULL = 8
     KEPT = 9
+    LAPSED = 10
 
 
 class InterceptCount(IntEnum):
@@ -91,6 +121,7 @@ class InterceptCount(IntEnum):
     TOO_BIG = 7
     KEPT = 8
     RELAYED = 9
+    LAPSED = 10
 
 
 PASS = 0
@@ -259,6 +290,9 @@ POOL = struct.Struct("<QQQ")
 #: ``struct pycopy_command`` without its session: request, slot, generation, reserved.
 COMMAND = struct.Struct("<4I")
 TAKE, HAVE, GIVE, DROP = 1, 2, 3, 4
+
+#: ``struct pycopy_pending``: a byte for each of so many sessions.
+PENDING_SLOTS = 64
 
 #: ``struct pycopy_attention``.
 ATTENTION = struct.Struct("<II")

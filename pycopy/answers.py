@@ -19,7 +19,7 @@ from pycopy.messages import say
 from pycopy.nexthop import NextHops
 from pycopy.session.addresses import Addresses, SelfPorts
 from pycopy.session.table import Table
-from pycopy.sources.live import SelfIntercept, Tap
+from pycopy.sources.live import SelfIntercept, Tap, Transport
 
 #: The second ring: 17,000 responses, which are headers only.
 RESPONSE_RING_BYTES = 2 << 20
@@ -50,7 +50,9 @@ class Answers(Protocol):
     def may_stay_in_kernel(self) -> str:
         """Why the kernel cannot keep sessions here; empty: it can."""
 
-    def start(self, table: Table, fastpath: FastPath | None) -> None: ...
+    def start(
+        self, table: Table, fastpath: FastPath | None, transport: Transport
+    ) -> None: ...
 
     def catch_up(self) -> None:
         """Everything is loaded, which may have taken its time: be ready when this returns."""
@@ -106,12 +108,12 @@ class OwnAnswers:
     def may_stay_in_kernel(self) -> str:
         return ""
 
-    def start(self, table: Table, fastpath: FastPath | None) -> None:
+    def start(self, table: Table, fastpath: FastPath | None, transport: Transport) -> None:
         config = self._config
         if fastpath is not None:
             fastpath.use_ports(self._usable)
         self._intercept = SelfIntercept(
-            self._targets, self._ports, min(config.ring_bytes, RESPONSE_RING_BYTES),
+            self._targets, self._ports, transport.smaller(RESPONSE_RING_BYTES),
             config.max_sessions, fastpath.kernel if fastpath else None,
         )  # fmt: skip
         self.taps = self._intercept.taps

@@ -24,7 +24,7 @@ from pycopy.loop import NEVER_NS, Loop
 from pycopy.messages import say
 from pycopy.session.addresses import Addresses, KeptAddresses, PooledAddresses
 from pycopy.session.table import Table
-from pycopy.sources.live import Tap
+from pycopy.sources.live import Tap, Transport
 
 CONNECT_TIMEOUT_S = 5.0
 #: How long the start waits for the first probes; later ones may open the fast path as well.
@@ -116,7 +116,7 @@ class ChannelAnswers:
             for host, port in self._config.intercepts
         ]
 
-    def start(self, table: Table, fastpath: FastPath | None) -> None:
+    def start(self, table: Table, fastpath: FastPath | None, transport: Transport) -> None:
         config = self._config
         self._fastpath = fastpath
         self._clients, self.taps, self._intake = [], [], None
@@ -124,9 +124,9 @@ class ChannelAnswers:
         if fastpath is not None:
             fastpath.use_pool(config.client_pool)
             fastpath.use_families(self._families())
-            fastpath.set_relayed(False)
+            fastpath.set_relayed(_NOT_YET)
             self._intake = Intake(
-                self._intercepts(), min(config.ring_bytes, RESPONSE_RING_BYTES), fastpath.kernel,
+                self._intercepts(), transport.smaller(RESPONSE_RING_BYTES), fastpath.kernel,
                 self._loop, self._on_ring,
             )  # fmt: skip
             self.taps = self._intake.taps
@@ -242,7 +242,7 @@ class ChannelAnswers:
             return
         self._look_at = time.monotonic_ns() + LOOK_NS
         why = self._why_closed()
-        self._fastpath.set_relayed(not why)
+        self._fastpath.set_relayed(why)
         if why in (self._said, _NOT_YET):
             return
         self._said = why

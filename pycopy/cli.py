@@ -209,6 +209,8 @@ def _process(given: argparse.Namespace, wanted: ProcessConfig, command: str) -> 
         wanted.interval_s = config.parse_interval(given.interval)
     if given.ring is not None:
         wanted.ring_bytes = config.parse_bytes(given.ring, "--ring")
+    if given.transport is not None:
+        wanted.transport = _choice(given.transport, "--transport", ("ring", "perf"))
 
 
 def _replay(argv: list[str]) -> int:
@@ -319,6 +321,21 @@ def _detach(argv: list[str]) -> int:
     return EXIT_OK
 
 
+def _bpf(argv: list[str]) -> int:
+    from pathlib import Path
+
+    from pycopy import bpfcommand, objects
+
+    given, words = options.bpf_parser().parse(argv)
+    if not words:
+        raise UsageError("the action is missing", f"one of: {', '.join(bpfcommand.ACTIONS)}")
+    action = _choice(words[0], "the action", bpfcommand.ACTIONS)
+    names = [_choice(word, "the object", list(objects.CATALOGUE)) for word in words[1:]]
+    if action == "load":
+        guards.check_privileges()
+    return bpfcommand.run(action, Path(given.output) if given.output else None, names)
+
+
 def _needs_intercept(given: argparse.Namespace, option: str) -> None:
     if given.intercept is None:
         raise UsageError(
@@ -352,4 +369,5 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "lab": _lab,
     "demo": _demo,
     "detach": _detach,
+    "bpf": _bpf,
 }

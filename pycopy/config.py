@@ -66,6 +66,7 @@ class ProcessConfig:
     interval_s: float = 10.0
     quiet: bool = False
     ring_bytes: int = 4 << 20  #: of kernel memory; a power of two
+    transport: str = "ring"  #: of records to user space: "ring" or "perf"
 
 
 def default_ring_bytes(workers: int = 1) -> int:

@@ -14,8 +14,13 @@ from pycopy.errors import HostUnfit, Refused, UsageError
 from pycopy.inet import unmap_address
 
 # linux/capability.h
-_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_BPF": 39}
+_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_PERFMON": 38, "CAP_BPF": 39}
 _CAP_SYS_ADMIN = 21
+
+#: Whom the kernel lets do all that pycopy does.
+PRIVILEGES_CURE = (
+    f"run it with sudo, or from a systemd unit with AmbientCapabilities={' '.join(_CAPABILITIES)}"
+)
 
 _FINAL = "cannot be overruled: "
 
@@ -32,14 +37,13 @@ def check_privileges(effective: int | None = None) -> None:
     """Capabilities to load BPF programs, attach them, and send frames."""
     held = effective_capabilities() if effective is None else effective
     if held & 1 << _CAP_SYS_ADMIN:
-        # Before CAP_BPF was split off it (Linux 5.8), and ever since, it includes it.
-        held |= 1 << _CAPABILITIES["CAP_BPF"]
+        # Both were split off it (Linux 5.8), and it includes them ever since.
+        held |= 1 << _CAPABILITIES["CAP_BPF"] | 1 << _CAPABILITIES["CAP_PERFMON"]
     missing = [name for name, bit in _CAPABILITIES.items() if not held & 1 << bit]
     if missing:
         raise HostUnfit(
             f"not enough privilege: {', '.join(missing)} missing",
-            "run it with sudo, or from a systemd unit with"
-            f" AmbientCapabilities={' '.join(_CAPABILITIES)}",
+            PRIVILEGES_CURE,
         )
 
 

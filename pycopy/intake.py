@@ -18,7 +18,7 @@ from pycopy.errors import PycopyError
 from pycopy.fastpath.kernel import KernelSessions
 from pycopy.loop import READ, Loop
 from pycopy.messages import say
-from pycopy.sources.live import Progress, Tap
+from pycopy.sources.live import Progress, Tap, Transport
 
 #: An intercept's last probe may be so old; it sends one a second.
 PROBE_NS = 3_000_000_000
@@ -30,15 +30,15 @@ class Intake:
     """One run's, for ``intercepts``, each an address of 16 bytes and its channel's port."""
 
     def __init__(
-        self, intercepts: Sequence[tuple[bytes, int]], ring_bytes: int, kernel: KernelSessions,
-        loop: Loop, on_ring: Callable[[Tap, int], None],
+        self, intercepts: Sequence[tuple[bytes, int]], transport: Transport,
+        kernel: KernelSessions, loop: Loop, on_ring: Callable[[Tap, int], None],
     ) -> None:  # fmt: skip
         self._loop = loop
         self._on_ring = on_ring
         self.cookie = secrets.randbits(64)
         self._socket = _reserve_port()
         self.port: int = self._socket.getsockname()[1]
-        self._programs = Progress(intercepts, self.port, self.cookie, ring_bytes, kernel)
+        self._programs = Progress(intercepts, self.port, self.cookie, transport, kernel)
         self.taps = self._programs.taps
 
     def cover(self) -> None:

@@ -13,7 +13,7 @@ import socket
 import time
 from functools import partial
 
-from pycopy import daemon, loader, messages, pcapfilter, placement
+from pycopy import daemon, loader, messages, placement
 from pycopy.abi import PASS, InterceptCount
 from pycopy.attach import Hook
 from pycopy.channel import ChannelServer, Fate, Hello, Placement, Refusal
@@ -22,21 +22,13 @@ from pycopy.config import InterceptConfig
 from pycopy.devices import Device, find_devices, local_addresses
 from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
 from pycopy.frame import BALANCED, Value
+from pycopy.heartbeat import Heartbeat
 from pycopy.loop import READ, Loop
 from pycopy.relays import Relays
 from pycopy.signals import Signals
-from pycopy.sources.live import Tap, load_tap
+from pycopy.sources.live import Settings, Tap, choose_transport, load_tap
 from pycopy.view import View
 
-#: How each hook makes a packet vanish. At egress TC_ACT_SHOT would tell the target's TCP,
-#: which would send again on the spot. TC_ACT_STOLEN does not, but TCX takes it for "next
-#: program" and the packet leaves. A redirect to no device does what is wanted at both: the
-#: packet is freed, and the sender hears NET_XMIT_SUCCESS (net/core/dev.c, sch_handle_egress).
-_SWALLOW = {
-    Hook.XDP: "XDP_DROP",
-    Hook.TC_INGRESS: "TC_ACT_SHOT",
-    Hook.TC_EGRESS: "bpf_redirect(0, 0)",
-}
 #: At TC both are before the host's own forwarding. XDP is cheaper on a real NIC, but sends
 #: nothing on from there.
 _HOOKS = {
@@ -75,7 +67,9 @@ class Intercept:
             self.snapshot, config.interval_s, config.quiet, config.json,
             f"pycopy intercept {config.filter}",
         )  # fmt: skip
-        self._loop = Loop()
+        self._heartbeat = Heartbeat()
+        stack.callback(self._heartbeat.close)
+        self._loop = Loop(self._heartbeat.beat)
         stack.callback(self._loop.close)
         self._taps: list[Tap] = []
         self._ending = False
@@ -111,6 +105,8 @@ class Intercept:
         self._stack.callback(signals.close)
         _log(f"this is the {self._place.name.lower()}: {why}")
         self._watch_devices()
+        self._heartbeat.open()
+        self._transport = choose_transport(config, self._heartbeat)
         for device in devices:
             self._attach(device, _HOOKS[self._place, config.hook])
         self._claims = Claims([_claims_of(tap) for tap in self._taps])
@@ -140,10 +136,21 @@ class Intercept:
             if woken_ns >= look_ns:
                 look_ns = woken_ns + _LOOK_NS
                 self._look_again()
+                self._notice_lapse()
             if woken_ns >= timers_ns:
                 self._server.on_timer(woken_ns)
                 self._relays.on_timer(woken_ns)
                 timers_ns = min(self._server.deadline_ns, woken_ns + _TICK_NS)
+
+    def _notice_lapse(self) -> None:
+        """We stood still; the programs went on, and let everything pass after a while."""
+        missed_ns = self._heartbeat.take_lapse()
+        if missed_ns:
+            passed = self._kernel_counts()[InterceptCount.LAPSED]
+            _log(
+                f"this process stood still for {missed_ns / 1e9:.1f} s (stopped, or without a CPU);"
+                f" {passed} responses were let through since the start for such a reason"
+            )
 
     def _look_again(self) -> None:
         """The target's service may have been started after us: then its answers leave here."""
@@ -231,15 +238,17 @@ class Intercept:
             if (tap.hook, tap.l2_bytes) == (hook, l2_bytes):
                 return tap
         config = self._config
+        settings = Settings(
+            channel_port=self._server.port,
+            # TC_ACT_SHOT would tell the target's TCP, which would send again on the spot.
+            # TC_ACT_STOLEN does not, but TCX takes it for "next program" and the packet leaves.
+            # A redirect to no device does what is wanted: the packet is freed, and the sender
+            # hears NET_XMIT_SUCCESS (net/core/dev.c, sch_handle_egress).
+            redirect_away=hook is Hook.TC_EGRESS,
+        )
         tap = load_tap(
-            "intercept.c", l2_bytes, hook, config.ring_bytes,
-            pcapfilter.compile_filter(config.filter, l2_bytes),
-            {
-                "PYCOPY_VERDICT_SWALLOW": _SWALLOW[hook],
-                "PYCOPY_CHANNEL_PORT": self._server.port,
-            },
-            Tap,
-        )  # fmt: skip
+            "intercept", l2_bytes, hook, self._transport, settings, Tap, expression=config.filter
+        )
         self._stack.callback(tap.close)
         self._taps.append(tap)
         return tap

@@ -6,13 +6,18 @@ Every failure is an OSError with the kernel's errno; callers say what it means.
 """
 
 import ctypes
+import errno
 import os
 import platform
+import re
 import struct
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from pycopy.errors import HostUnfit
+
+#: Program types.
+SCHED_CLS_PROGRAM, XDP_PROGRAM = 3, 6
 
 XDP = 37
 TCX_INGRESS = 46
@@ -36,7 +41,8 @@ _PROG_TEST_RUN, _PROG_FD_BY_ID, _OBJ_INFO, _PROG_QUERY = 10, 13, 15, 16
 _LINK_CREATE, _ENABLE_STATS = 28, 32
 
 #: Map types (``enum bpf_map_type``) and flags.
-HASH, ARRAY, PERCPU_ARRAY, LRU_HASH, QUEUE, STACK, RINGBUF = 1, 2, 6, 9, 22, 23, 27
+HASH, ARRAY, PERF_EVENT_ARRAY, PERCPU_ARRAY, LRU_HASH, LPM_TRIE = 1, 2, 4, 6, 9, 11
+QUEUE, STACK, RINGBUF = 22, 23, 27
 NO_PREALLOC, MMAPABLE = 1 << 0, 1 << 10
 
 #: Heads of ``union bpf_attr`` by command; the kernel takes a shorter union as zero-filled.
@@ -218,6 +224,15 @@ def map_create(
             os.close(btf_fd)
 
 
+def has_map_type(kind: int) -> bool:
+    """Whether the kernel knows maps of that kind, ones without keys and values."""
+    try:
+        os.close(map_create(kind, "pycopy_probe", 0, 0, 4096))
+    except OSError as error:
+        return error.errno != errno.EINVAL
+    return True
+
+
 def _load_lock_btf(value_bytes: int) -> int:
     """Type information (Documentation/bpf/btf.rst) for values that begin with a spin lock.
 
@@ -237,14 +252,63 @@ def _load_lock_btf(value_bytes: int) -> int:
     return bpf(_BTF_LOAD, _attr(_BTF, ctypes.addressof(blob), 0, len(blob), 0, 0, 0))
 
 
+#: ``log_level`` of BPF_PROG_LOAD: the verifier's every step, or only what it took.
+_LOG_STEPS, _LOG_STATISTICS = 1, 4
+_LOG_BYTES = 16 << 20
+
+_PROCESSED = re.compile(rb"processed (\d+) insns")
+
+
+class Rejected(OSError):
+    """The kernel does not load a program; ``log`` is what its verifier said, all of it."""
+
+    def __init__(self, number: int, log: str) -> None:
+        super().__init__(number, os.strerror(number))
+        self.log = log
+
+
 def program_load(kind: int, name: str, code: bytes, license: str) -> int:
-    """The descriptor of a program that the verifier has passed; ``code``: ``struct bpf_insn``."""
+    """The descriptor of a program that the verifier has passed; ``code``: ``struct bpf_insn``.
+
+    Raises :class:`Rejected`.
+    """
+    try:
+        return _program_load(kind, name, code, license)
+    except OSError as error:
+        refused = error.errno or 0
+    # Once more for the verifier's words, which cost more than the verdict.
+    log = ctypes.create_string_buffer(_LOG_BYTES)
+    try:
+        return _program_load(kind, name, code, license, _LOG_STEPS, log)
+    except OSError as error:
+        # What did not fit (ENOSPC) says nothing of the program.
+        number = refused if error.errno == errno.ENOSPC else error.errno or refused
+    raise Rejected(number, log.value.decode("utf-8", "replace"))
+
+
+def program_cost(kind: int, name: str, code: bytes, license: str) -> int:
+    """Instructions that the verifier goes through for a program. Raises :class:`Rejected`."""
+    log = ctypes.create_string_buffer(1 << 16)
+    try:
+        os.close(_program_load(kind, name, code, license, _LOG_STATISTICS, log))
+    except OSError:
+        os.close(program_load(kind, name, code, license))  # which says why
+        raise
+    found = _PROCESSED.search(log.value)
+    return int(found[1]) if found else 0
+
+
+def _program_load(
+    kind: int, name: str, code: bytes, license: str, log_level: int = 0,
+    log: "ctypes.Array[ctypes.c_char] | None" = None,
+) -> int:  # fmt: skip
     instructions, said = _buffer(code), _buffer(license.encode("ascii") + b"\0")
     return bpf(
         _PROG_LOAD,
         _attr(
             _LOAD, kind, len(code) // 8, ctypes.addressof(instructions), ctypes.addressof(said),
-            0, 0, 0, 0, 0, name.encode("ascii")[:15],
+            log_level, 0 if log is None else len(log), 0 if log is None else ctypes.addressof(log),
+            0, 0, name.encode("ascii")[:15],
         ),
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 File descriptors have callbacks; everything with a time of its own is asked for its
 deadline by the driver, which passes the nearest one to :meth:`Loop.wait`. No thread, no
 coroutine: an await per segment is not affordable, and there is nothing here to suspend.
+With every turn it may say that it is there (pycopy.heartbeat).
 """
 
 import select
@@ -15,6 +16,9 @@ WRITE = select.EPOLLOUT
 #: Later than any deadline.
 NEVER_NS = 1 << 62
 
+#: A loop that has nothing to do comes by this often all the same, to say that it is there.
+BEAT_NS = 500_000_000
+
 #: Of one wait. Python's default makes room for a thousand each time.
 _EVENTS_MAX = 64
 
@@ -24,7 +28,9 @@ Callback = Callable[[int], None]
 class Loop:
     """Callbacks by file descriptor; ``callback(events)`` gets the epoll event mask."""
 
-    def __init__(self) -> None:
+    def __init__(self, beat: Callable[[], int] = time.monotonic_ns) -> None:
+        """``beat`` is called with every turn, and says what time it is."""
+        self._beat = beat
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
         self._again: set[int] = set()
@@ -47,9 +53,13 @@ class Loop:
             self._epoll.unregister(fd)
 
     def wait(self, deadline_ns: int) -> None:
-        """Run what is ready; otherwise sleep until ``deadline_ns`` (CLOCK_MONOTONIC) at most."""
+        """Run what is ready; otherwise sleep until ``deadline_ns`` (CLOCK_MONOTONIC) at most.
+
+        It may return earlier, with nothing done, for the heartbeat's sake.
+        """
         callbacks, again = self._callbacks, self._again
-        timeout_s = 0 if again else (deadline_ns - time.monotonic_ns()) / 1e9
+        rest_ns = deadline_ns - self._beat()
+        timeout_s = 0 if again else (rest_ns if rest_ns < BEAT_NS else BEAT_NS) / 1e9
         ready = self._epoll.poll(timeout_s if timeout_s > 0 else 0, _EVENTS_MAX)
         if again:
             self._again = set()

@@ -20,6 +20,7 @@ COMMANDS = {
     "lab": "hosts in network namespaces, to try things out",
     "demo": "copy real traffic between real servers in a lab, and count",
     "detach": "remove what an older kernel left attached after a crash",
+    "bpf": "show, verify or make anew the compiled BPF programs",
 }
 
 _EXITS = """\
@@ -412,6 +413,27 @@ touches nothing that is not pycopy's, and nothing that a running pycopy uses.
     return parser
 
 
+def bpf_parser() -> Parser:
+    about = """\
+pycopy ships its BPF programs compiled, the same for everybody; a host that runs
+them needs no compiler.
+
+actions:
+  list     what there is, by which compiler, with digests
+  verify   compile the sources again (needs python3-bpfcc) and compare the bytes
+  load     load each into this kernel and take it out again: what its verifier
+           says, and through how many instructions it goes (root)
+  build    make them anew (needs python3-bpfcc)
+"""
+    usage = "pycopy bpf [--output DIR] ACTION [OBJECT ...]"
+    parser = Parser("bpf", usage, about, _EXITS)
+    parser.add_argument(
+        "--output", metavar="DIR", help="where the objects are, or are to be (with the sources)"
+    )
+    _add_help(parser)
+    return parser
+
+
 def _add_interface(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "-i", "--interface", metavar="DEVICES", help="network devices, comma separated (all)"
@@ -438,7 +460,12 @@ def _add_process(parser: Parser, command: str, ring: str) -> None:
         action="store_true",
         help="nothing but the ready line, warnings and the summary",
     )
-    group.add_argument("--ring", metavar="SIZE", help=f"of the kernel's ring buffer ({ring})")
+    group.add_argument("--ring", metavar="SIZE", help=f"size of the kernel's ring buffer ({ring})")
+    group.add_argument(
+        "--transport",
+        metavar="ring|perf",
+        help="records come by a BPF ring buffer (default), or by perf ring buffers of each CPU",
+    )
     _add_help(group)
 
 

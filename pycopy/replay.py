@@ -24,6 +24,7 @@ from pycopy.devices import find_devices
 from pycopy.egress import Egress
 from pycopy.errors import EXIT_FAILED, EXIT_OK, PeerError, PycopyError, UsageError
 from pycopy.fastpath.driver import FastPath
+from pycopy.heartbeat import Heartbeat
 from pycopy.ledger import Count, Fate, Ledger
 from pycopy.loop import NEVER_NS, READ, Loop
 from pycopy.messages import say
@@ -33,7 +34,7 @@ from pycopy.session.states import Outcome
 from pycopy.session.table import Table
 from pycopy.signals import Signals
 from pycopy.sources import live
-from pycopy.sources.live import Capture, Tap
+from pycopy.sources.live import Capture, Tap, Transport
 from pycopy.view import View
 
 #: Records taken from a ring before timers and the other inputs get their turn.
@@ -71,7 +72,8 @@ class Replay:
     def __init__(self, config: ReplayConfig) -> None:
         self.config = config
         self.ledger = Ledger()
-        self._loop = Loop()
+        self._heartbeat = Heartbeat()
+        self._loop = Loop(self._heartbeat.beat)
         self._captures: list[Capture] = []
         self._first_syn_ns = 0
         #: Nothing has come back so far, and nothing was said about it.
@@ -129,20 +131,26 @@ class Replay:
         self._signals.at_once = False
 
     def _attach(self) -> None:
-        """With the fast path if this host can have it; if not, say so once."""
+        """With the fast path if this host can have it; if not, say so once, with all that is
+        known of the reason."""
+        self._heartbeat.open()
+        transport = live.choose_transport(self.config, self._heartbeat)
         why = self._why_no_fastpath()
         if not why:
             try:
-                self._attach_with(FastPath(self.config))
+                self._attach_with(FastPath(self.config), transport)
                 return
             except (UsageError, PeerError):
                 raise  # nothing that would go better without
-            except (PycopyError, OSError) as error:
-                why = str(error).splitlines()[0]
-                self._undo_attach()
-        self._attach_with(None)
+            except PycopyError as error:
+                why = str(error)
+            except OSError as error:
+                why = f"{type(error).__name__}: {error}"
+            self._undo_attach()
+        self.ledger.fastpath = {"state": f"off: {why}"}
+        self._attach_with(None, transport)
         if self.config.fastpath:
-            say(f"without the fast path, since {why}")
+            say(f"fast path off: {why}")
 
     def _why_no_fastpath(self) -> str:
         if not self.config.fastpath:
@@ -151,13 +159,13 @@ class Replay:
             return "the XDP hook cannot send copies"
         return self._answers.may_stay_in_kernel()
 
-    def _attach_with(self, fastpath: FastPath | None) -> None:
+    def _attach_with(self, fastpath: FastPath | None, transport: Transport) -> None:
         self._fastpath = fastpath
         if fastpath is not None:
             fastpath.start(self.table, self.table.rules, self.ledger, self._hops, self._egress)
-        # Compiling takes seconds on a busy machine: an intercept must not wait for it.
-        self._load_captures()
-        self._answers.start(self.table, fastpath)
+        # Loading takes its time on a busy machine: an intercept must not wait for it.
+        self._load_captures(transport)
+        self._answers.start(self.table, fastpath, transport)
         self._capture()
         self._answers.catch_up()
 
@@ -171,6 +179,7 @@ class Replay:
         self.table.kernel = None
         if self._fastpath is not None:
             self._fastpath.close()
+            self._fastpath = None
 
     def _on_hop_change(self) -> None:
         self._answers.on_hop_change()
@@ -189,17 +198,18 @@ class Replay:
             max_sessions=config.max_sessions,
         )
 
-    def _load_captures(self) -> None:
+    def _load_captures(self, transport: Transport) -> None:
         config = self.config
         services = [(each.online_addr, each.online_port) for each in config.services]
         devices = find_devices(config.interfaces)
         hook = Hook.XDP if config.hook == "xdp" else Hook.TC_INGRESS
         self._captures = live.load_captures(
-            devices, services, hook, config.filter, config.ring_bytes, config.forwarded,
+            devices, services, hook, config.filter, transport, config.forwarded,
             self._fastpath.kernel if self._fastpath else None, (config.worker, config.workers),
         )  # fmt: skip
 
     def _capture(self) -> None:
+        self._heartbeat.beat()
         for tap in self._captures:
             tap.begin()
             self._loop.add(tap.ring.fileno(), READ, partial(self._on_capture_ring, tap))
@@ -209,7 +219,7 @@ class Replay:
 
     def banner(self) -> str:
         """What is copied, from where, to where, how it is answered."""
-        return f"ready: {self.copying()}; {self._answers.describe()}"
+        return f"ready: {self.copying()}; {self._answers.describe()}; {self.carrying()}"
 
     def copying(self) -> str:
         """The banner's first half."""
@@ -218,6 +228,12 @@ class Replay:
         how = {each.how for tap in self._captures for each in tap.attachments}
         services = ", ".join(str(service) for service in config.services)
         return f"copying {services} from {where} ({', '.join(sorted(how))})"
+
+    def carrying(self) -> str:
+        """Who does the work: the banner's last part."""
+        if self._fastpath is None:
+            return "fast path off"
+        return "fast path on" if not self._fastpath.why_closed else "fast path off for now"
 
     # -- input ----------------------------------------------------------------------------
 
@@ -356,11 +372,24 @@ class Replay:
             if changes != self._changes_seen or now_ns >= self._look_at:
                 self._look_at, self._changes_seen = now_ns + LOOK_NS, changes
                 self._watch_host()
+        self._notice_lapse()
         limit_mb = self.config.memory_mb
         self._out_of_memory = bool(limit_mb) and live.own_bytes() > limit_mb << 20
         if self._out_of_memory:
             self.table.shed(self._payload_bytes, time.monotonic_ns())
         self._open_or_close()
+
+    def _notice_lapse(self) -> None:
+        """We stood still for so long that the programs stopped copying."""
+        missed_ns = self._heartbeat.take_lapse()
+        if missed_ns:
+            before = self.ledger.kernel_capture[CaptureCount.LAPSED]
+            self._refresh_counters()
+            lapsed = self.ledger.kernel_capture[CaptureCount.LAPSED] - before
+            say(
+                f"this process stood still for {missed_ns / SECOND:.1f} s (stopped, or without a"
+                f" CPU): {lapsed} segments were not copied meanwhile; going on"
+            )
 
     def _notice_silence(self) -> None:
         """Nothing at all comes back: the commonest fault, and the ledger balances all the same."""
@@ -449,6 +478,7 @@ class Replay:
                 self._answers.close,
                 *(tap.close for tap in self._captures),
                 *([self._fastpath.close] if self._fastpath else []),
+                self._heartbeat.close,
             ):  # fmt: skip
                 last_first.callback(close)
             for tap in (*self._captures, *self._answers.taps):

@@ -92,7 +92,8 @@ class FastPath:
         self._samples = config.sample_percent < 100 or config.ramp
         self._closed = False
         self._cut_off = False
-        self._relayed = True
+        #: Why responses do not come straight to the kernel; empty: they do.
+        self._why_not_relayed = ""
         #: Of which families the responses come to the kernel.
         self._families = frozenset({4, 6})
         self._sweep_at = 0
@@ -127,18 +128,25 @@ class FastPath:
         self._closed = closed
         self._tell()
 
-    def set_relayed(self, relayed: bool) -> None:
-        """Whether responses come straight to the kernel: else a session is better off here."""
-        self._relayed = relayed
+    def set_relayed(self, why_not: str) -> None:
+        """Why responses do not come straight to the kernel, where a session is better off here;
+        empty: they do."""
+        self._why_not_relayed = why_not
         self._tell()
 
     def _tell(self) -> None:
-        self.kernel.accepts = self._families if self._relayed else frozenset()
-        if self._is_closed():
+        self.kernel.accepts = frozenset() if self._why_not_relayed else self._families
+        if self.why_closed:
             self.kernel.set_closed(True)
 
-    def _is_closed(self) -> bool:
-        return self._closed or self._samples or not self._relayed
+    @property
+    def why_closed(self) -> str:
+        """Why the kernel opens no session now; empty: it does."""
+        if self._samples:
+            return "-r and -g choose clients in user space"
+        if self._closed:
+            return "no session may be opened now"
+        return self._why_not_relayed
 
     def set_cut_off(self, cut_off: bool) -> None:
         """Whether nothing may be sent, since its answer could reach a real client."""
@@ -173,7 +181,7 @@ class FastPath:
         """Nothing captured is unread, nothing is unsent."""
         self._table.give_back()
         # Not earlier: a SYN that is unread must not be overtaken by the next one.
-        self.kernel.set_closed(self._is_closed())
+        self.kernel.set_closed(bool(self.why_closed))
         self.kernel.forget_disowned(is_unread)
 
     def refresh(self) -> None:
@@ -191,6 +199,7 @@ class FastPath:
         kernel = now[FastCount.CLIENT] + now[FastCount.RESPONSES]
         everything = counts[Count.CAPTURED] + counts[Count.RESPONSES]
         section: dict[str, int | float | str] = {
+            "state": f"off: {self.why_closed}" if self.why_closed else "on",
             "kernel_segments": kernel,
             "user_segments": everything - kernel,
             "kernel_percent": round(100 * kernel / everything, 2) if everything else 0.0,

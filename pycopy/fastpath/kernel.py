@@ -9,12 +9,11 @@ only is changed from here. Nothing here knows the rules.
 import struct
 from collections.abc import Callable, Iterator, Sequence
 
-from pycopy import abi, link, loader
+from pycopy import abi, link, loader, objects
 from pycopy.abi import FastCount, KernelSession, LogRecord
 from pycopy.fastpath.maps import Maps
 from pycopy.inet import map_address
 from pycopy.nexthop import Hop
-from pycopy.ring import Ring
 from pycopy.session.addresses import Network, first_host, usable_hosts
 from pycopy.session.handover import Logged, unfinished
 from pycopy.session.rules import Rules
@@ -46,7 +45,6 @@ class KernelSessions:
         self._by_name = self.maps.by_name
         self._module: loader.Module | None = None
         self._timer: link.RepeatedRun | None = None
-        self._attention: Ring | None = None
         self._config = list(abi.FAST_CONFIG.unpack(bytes(abi.FAST_CONFIG.size)))
         #: Slots of sessions that user space has fetched, by the key towards the target.
         self._fetched: dict[bytes, tuple[int, int]] = {}
@@ -67,15 +65,12 @@ class KernelSessions:
         self._sweeping = 0
 
     def load(self, l2_bytes: int) -> None:
-        """Compile the timer; from then on sessions may be opened."""
+        """Load the timer; from then on sessions may be opened."""
         self._module = loader.load(
-            "fastpath.c",
-            defines={"PYCOPY_HOOK_XDP": 0, "PYCOPY_L2_BYTES": l2_bytes, **self.maps.defines()},
-            programs=("pycopy_timer", "pycopy_control"),
-            map_fds=self.maps.fds,
-        )
+            objects.name_of("fastpath", l2_bytes=l2_bytes, fastpath=True),
+            given=self.maps.given, constants=self.maps.constants,
+        )  # fmt: skip
         self._timer = link.RepeatedRun(self._module.program_fds["pycopy_timer"], _MATERIAL, STEPS)
-        self._attention = Ring(self._by_name["attention"].fd, maps_module.ATTENTION_BYTES)
         link.stack_push(self._by_name["slots"].fd, reversed(range(self.maps.slots)))
 
     # -- what the programs are told -------------------------------------------------------
@@ -312,9 +307,12 @@ class KernelSessions:
         if self._sweeping:
             mark = self._run_timer(self._sweeping, SWEEP_CALLS) & ~abi.TIMER_SEEN
             self._sweeping = 0 if mark == abi.TIMER_DONE else mark
-        assert self._attention is not None
-        for record in self._attention.drain_raw(maps_module.ATTENTION_BYTES):
-            fetched = self.fetch(*abi.ATTENTION.unpack_from(record))
+        attention = self._by_name["attention"].fd
+        for _ in range(maps_module.ATTENTION_MAX):
+            entry = link.stack_pop(attention, abi.ATTENTION.size)
+            if entry is None:
+                break
+            fetched = self.fetch(*abi.ATTENTION.unpack(entry))
             if fetched is not None:
                 yield fetched
 
@@ -344,7 +342,7 @@ class KernelSessions:
 
     def counters(self) -> list[int]:
         """``enum pycopy_fast_count``, summed over the CPUs."""
-        value = self._by_name["counts"].lookup(_ZERO)
+        value = self._by_name["fast_counts"].lookup(_ZERO)
         assert value is not None
         words = memoryview(value).cast("Q")
         return [sum(words[index :: abi.FAST_COUNTS]) for index in range(abi.FAST_COUNTS)]
@@ -355,8 +353,6 @@ class KernelSessions:
 
     def close(self) -> None:
         """Give up the maps; what is attached keeps them until it is detached."""
-        if self._attention is not None:
-            self._attention.close()
         if self._module is not None:
             self._module.close()
         self.maps.close()

@@ -1,14 +1,15 @@
 """The maps that the programs of the fast path share (bpf/maps.h), made before any of them.
 
-Each program is compiled by a child process of its own; the maps are made here, inherited by
-the child, and named in the text by the numbers of their descriptors (PYCOPY_MAP_*).
+Their shapes are in pycopy/bpfmaps.py; how many entries they have, the run and the host say.
 """
 
 import mmap
 import os
+from collections.abc import Mapping
 
-from pycopy import abi, link
-from pycopy.loader import Map
+from pycopy import abi, bpfmaps, link
+from pycopy.abi import Constant
+from pycopy.loader import Map, lift_memory_limit, map_refused
 
 #: What all logs of sent segments take together unless said otherwise, and one at least.
 LOG_TOTAL_BYTES = 64 << 20
@@ -23,9 +24,8 @@ ENDED_MAX = 1 << 16
 #: Connections online whose next segments are user space's although their session is over.
 DISOWNED_MAX = 1 << 15
 
-PORTS_MAX = 1 << 16
-
-ATTENTION_BYTES = 1 << 16
+#: Sessions that wait for user space to fetch them; the timer comes by again for the others.
+ATTENTION_MAX = 4096
 
 
 def log_bytes(cpus: int, total_bytes: int = 0) -> int:
@@ -44,41 +44,46 @@ class Maps:
         self.slots = min(max_sessions, SLOTS_MAX)
         #: One CPU's log: head, ring, and room for a record that begins at its very end.
         self.log_value_bytes = abi.LOG_HEAD.size + self.log_bytes + abi.LOG_ROOM
-        key, flow, slots = abi.KEY.size, abi.FLOW.size, self.slots
         self._fds: dict[str, int] = {}
         self._log: mmap.mmap | None = None
+        lift_memory_limit()
         try:
-            make = self._make
-            make("sessions", link.ARRAY, 4, abi.KERNEL_SESSION.size, slots, lock_first=True)
-            # Room for sessions of user space's own as well, and for what was theirs just now.
-            flows = slots + max_sessions + DISOWNED_MAX + 1
-            make("flows", link.HASH, key, flow, flows, link.NO_PREALLOC)
-            make("targets", link.HASH, key, flow, slots + 2 * max_sessions, link.NO_PREALLOC)
-            make("ended", link.LRU_HASH, key, 4, ENDED_MAX)
-            make("slots", link.STACK, 0, 4, slots)
-            make("lingering", link.QUEUE, 0, abi.LINGERING.size, 2 * slots)
-            make("pending", link.ARRAY, 4, 8, -(-slots // 64))
-            make("log", link.ARRAY, 4, self.log_value_bytes, cpus, link.MMAPABLE)
-            make("hops", link.ARRAY, 4, abi.HOP.size, services)
-            make("config", link.ARRAY, 4, abi.FAST_CONFIG.size, 1)
-            make("counts", link.PERCPU_ARRAY, 4, 8 * abi.FAST_COUNTS, 1)
-            make("work", link.PERCPU_ARRAY, 4, abi.WORK_BYTES, 1)
-            make("attention", link.RINGBUF, 0, 0, ATTENTION_BYTES)
-            make("ports", link.ARRAY, 4, 2, PORTS_MAX)
-            make("next_port", link.ARRAY, 4, 8, services)
-            make("pool", link.ARRAY, 4, abi.POOL.size, 2 * (abi.POOL_NETWORKS + 1))
+            for name, entries in self._entries(services, max_sessions).items():
+                value_bytes = self.log_value_bytes if name == "log" else 0
+                self._make(name, entries, value_bytes)
         except BaseException:
             self.close()
             raise
         self.by_name = {name: Map(fd) for name, fd in self._fds.items()}
 
-    def _make(
-        self, name: str, kind: int, key_bytes: int, value_bytes: int, entries: int,
-        flags: int = 0, lock_first: bool = False,
-    ) -> None:  # fmt: skip
-        self._fds[name] = link.map_create(
-            kind, f"pycopy_{name}", key_bytes, value_bytes, entries, flags, lock_first
-        )
+    def _entries(self, services: int, max_sessions: int) -> dict[str, int]:
+        """How many each map has; 0: as its shape says."""
+        slots = self.slots
+        return {
+            "sessions": slots,
+            # Room for sessions of user space's own as well, and for what was theirs just now.
+            "flows": slots + max_sessions + DISOWNED_MAX + 1,
+            "targets": slots + 2 * max_sessions,
+            "ended": ENDED_MAX,
+            "slots": slots,
+            "lingering": 2 * slots,
+            "pending": -(-slots // abi.PENDING_SLOTS),
+            "log": self.cpus,
+            "hops": services,
+            "config": 0,
+            "fast_counts": 0,
+            "work": 0,
+            "attention": ATTENTION_MAX,
+            "ports": 0,
+            "next_port": services,
+            "pool": 0,
+        }
+
+    def _make(self, name: str, entries: int, value_bytes: int) -> None:
+        try:
+            self._fds[name] = bpfmaps.make(name, entries, value_bytes)
+        except OSError as error:
+            raise map_refused(name, error) from error
 
     @property
     def log(self) -> mmap.mmap:
@@ -97,20 +102,14 @@ class Maps:
         return cpu * self._stride()
 
     @property
-    def fds(self) -> list[int]:
-        return list(self._fds.values())
+    def given(self) -> Mapping[str, int]:
+        """For pycopy.loader.load()."""
+        return self._fds
 
-    def defines(self) -> dict[str, int | str]:
-        """What the programs' text must know of the maps."""
-        fds: dict[str, int | str] = {
-            f"PYCOPY_MAP_{name.upper()}": fd for name, fd in self._fds.items()
-        }
-        return {
-            "PYCOPY_FASTPATH": 1,
-            "PYCOPY_LOG_BYTES": self.log_bytes,
-            "PYCOPY_SLOTS": self.slots,
-            **fds,
-        }
+    @property
+    def constants(self) -> dict[Constant, int]:
+        """What the programs are linked with."""
+        return {Constant.LOG_MASK: self.log_bytes - 1, Constant.SLOTS: self.slots}
 
     def close(self) -> None:
         if self._log is not None:

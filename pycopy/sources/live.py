@@ -9,20 +9,19 @@ import mmap
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from pycopy import loader, prelude
+from pycopy import abi, link, loader, objects
 from pycopy.abi import Segment
 from pycopy.attach import Attachment, Hook
+from pycopy.config import ProcessConfig
 from pycopy.devices import Device, local_addresses
 from pycopy.fastpath.kernel import KernelSessions
-from pycopy.fastpath.maps import Maps
+from pycopy.heartbeat import Heartbeat
 from pycopy.messages import say
-from pycopy.pcapfilter import compile_filter
+from pycopy.pcapfilter import filter_code
+from pycopy.perfring import PerfRing
 from pycopy.ring import Ring
-
-#: TC_ACT_SHOT: at ingress nobody but us has seen the packet yet.
-TC_ACT_SHOT = 2
 
 #: Room in the kernel's table for copies that ended a moment ago (allocated when used).
 SPARE_SESSIONS = 1 << 17
@@ -30,12 +29,52 @@ SPARE_SESSIONS = 1 << 17
 Service = tuple[bytes | None, int]
 
 
+class Settings(NamedTuple):
+    """``struct pycopy_settings``: what a program is told of the run, in its own words there."""
+
+    worker: int = 0
+    workers: int = 1
+    port_lo: int = 0
+    port_hi: int = 0
+    channel_port: int = 0
+    datagram_port: int = 0
+    redirect_away: bool = False
+
+
+class Transport(NamedTuple):
+    """How records come to user space, and what every program of this process is given.
+
+    ``ring_bytes`` is a ring's size, or that of all CPUs' perf rings together.
+    """
+
+    ring_bytes: int
+    perf: bool
+    #: Descriptors of maps by name: the heartbeat's.
+    given: Mapping[str, int]
+
+    def smaller(self, most_bytes: int) -> "Transport":
+        """The same, for records that are few or short."""
+        return self._replace(ring_bytes=min(self.ring_bytes, most_bytes))
+
+
+def choose_transport(config: ProcessConfig, heartbeat: Heartbeat) -> Transport:
+    """The one that is asked for; perf rings, and a word, where the kernel has no other."""
+    perf = config.transport == "perf"
+    if not perf and not link.has_map_type(link.RINGBUF):
+        perf = True
+        say("this kernel has no BPF ring buffer (it came with Linux 5.8): perf ring buffers it is")
+    return Transport(config.ring_bytes, perf, heartbeat.given)
+
+
 class Tap:
     """A program, its ring and where it is attached. Close it to detach."""
 
-    def __init__(self, module: loader.Module, ring_bytes: int, hook: Hook, l2_bytes: int) -> None:
+    def __init__(
+        self, module: loader.Module, transport: Transport, hook: Hook, l2_bytes: int
+    ) -> None:
         self.module = module
-        self.ring = Ring(module.maps["segments"].fd, ring_bytes)
+        kind = PerfRing if transport.perf else Ring
+        self.ring = kind(module.maps["segments"].fd, transport.ring_bytes)
         self.hook = hook
         self.l2_bytes = l2_bytes
         self.attachments: list[Attachment] = []
@@ -81,8 +120,10 @@ class Tap:
 class Capture(Tap):
     """A tap on clients' segments; it has been told which addresses are this host's."""
 
-    def __init__(self, module: loader.Module, ring_bytes: int, hook: Hook, l2_bytes: int) -> None:
-        super().__init__(module, ring_bytes, hook, l2_bytes)
+    def __init__(
+        self, module: loader.Module, transport: Transport, hook: Hook, l2_bytes: int
+    ) -> None:
+        super().__init__(module, transport, hook, l2_bytes)
         self._told: set[bytes] = set()
         #: Where :meth:`begin` attaches it.
         self.ifnames: list[str] = []
@@ -108,31 +149,74 @@ AnyTap = TypeVar("AnyTap", bound=Tap)
 
 
 def load_tap(
-    source: str, l2_bytes: int, hook: Hook, ring_bytes: int, text: str,
-    defines: Mapping[str, int | str], kind: type[AnyTap], maps: Maps | None = None,
+    role: str, l2_bytes: int, hook: Hook, transport: Transport, settings: Settings,
+    kind: type[AnyTap], kernel: KernelSessions | None = None, *, expression: str = "",
+    given: Mapping[str, int] | None = None, entries: Mapping[str, int] | None = None,
 ) -> AnyTap:  # fmt: skip
-    """Load ``source`` of bpf/ for ``hook``; ``text`` is generated C that goes before it.
+    """Load the program of ``role`` (pycopy.objects) for ``hook``, and tell it what it must know.
 
-    ``maps``: with the fast path, whose maps they are.
+    ``kernel``: with the fast path, whose sessions it keeps. ``given`` and ``entries``: as in
+    pycopy.loader.load(). Raises PycopyError with nothing left loaded.
     """
+    xdp = hook is Hook.XDP
     module = loader.load(
-        source,
-        defines={
-            "PYCOPY_HOOK_XDP": int(hook is Hook.XDP),
-            "PYCOPY_L2_BYTES": l2_bytes,
-            "PYCOPY_RING_BYTES": ring_bytes,
-            **defines,
-            **(maps.defines() if maps else {}),
-        },
-        prelude=text,
-        map_fds=maps.fds if maps else (),
+        objects.name_of(role, xdp=xdp, l2_bytes=l2_bytes, fastpath=kernel is not None),
+        given={**transport.given, **(kernel.maps.given if kernel else {}), **(given or {})},
+        entries={"segments": transport.ring_bytes, **(entries or {})},
+        constants=kernel.maps.constants if kernel else None,
+        filter_code=filter_code(expression, l2_bytes, xdp),
+        perf=transport.perf,
     )
-    return kind(module, ring_bytes, hook, l2_bytes)
+    try:
+        module.maps["settings"].update(bytes(4), abi.SETTINGS.pack(*settings))
+        return kind(module, transport, hook, l2_bytes)
+    except BaseException:
+        module.close()
+        raise
+
+
+class Services:
+    """The maps by which capture.c finds a packet's service; all captures of a run share them."""
+
+    def __init__(self, services: Sequence[Service], forwarded: bool) -> None:
+        """A service without an address is any address of this host's; ``forwarded``: anybody's.
+
+        Raises PycopyError.
+        """
+        own = abi.PORT_ANYBODYS if forwarded else abi.PORT_OWN
+        with_address = sum(address is not None for address, _ in services)
+        self.given: dict[str, int] = {}
+        try:
+            self.given["service_ports"] = loader.make_map("service_ports")
+            self.given["services"] = loader.make_map("services", max(with_address, 1))
+            ports: dict[int, int] = {}
+            for index, (address, port) in enumerate(services):
+                if address is None:
+                    # One that is named before at some address there goes first, by itself.
+                    ports[port] = ports.get(port, 0) | own | index
+                else:
+                    ports[port] = ports.get(port, 0) | abi.PORT_GIVEN
+                    key = abi.ENDPOINT.pack(address, port)
+                    link.map_update(self.given["services"], key, _number(index))
+            for port, found in ports.items():
+                link.map_update(self.given["service_ports"], _number(port), _number(found))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for fd in self.given.values():
+            os.close(fd)
+        self.given = {}
+
+
+def _number(value: int) -> bytes:
+    return value.to_bytes(4, sys.byteorder)
 
 
 def load_captures(
     devices: Sequence[Device], services: Sequence[Service], hook: Hook, expression: str,
-    ring_bytes: int, forwarded: bool, kernel: KernelSessions | None = None,
+    transport: Transport, forwarded: bool, kernel: KernelSessions | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> list[Capture]:  # fmt: skip
     """Load what captures the client segments of ``services`` on ``devices`` (bpf/capture.c).
@@ -141,25 +225,23 @@ def load_captures(
     is any address of this host; ``forwarded``: of anybody. ``share``: which worker, and of how
     many. Raises PycopyError with nothing left loaded.
     """
-    worker, workers = share
-    defines = {"PYCOPY_WORKER": worker, "PYCOPY_WORKERS": workers} if workers > 1 else {}
-
-    def make(l2_bytes: int) -> Capture:
-        text = prelude.services_prelude(services, forwarded)
-        text += compile_filter(expression, l2_bytes)
-        maps = kernel.maps if kernel else None
-        return load_tap("capture.c", l2_bytes, hook, ring_bytes, text, defines, Capture, maps)
-
     taps: dict[int, Capture] = {}
+    settings = Settings(*share)
+    maps = Services(services, forwarded)
     try:
         for device in devices:
             if device.l2_bytes not in taps:
-                taps[device.l2_bytes] = make(device.l2_bytes)
+                taps[device.l2_bytes] = load_tap(
+                    "capture", device.l2_bytes, hook, transport, settings, Capture, kernel,
+                    expression=expression, given=maps.given,
+                )  # fmt: skip
             taps[device.l2_bytes].ifnames.append(device.name)
     except BaseException:
         for tap in taps.values():
             tap.close()
         raise
+    finally:
+        maps.close()  # the programs hold them
     return list(taps.values())
 
 
@@ -204,26 +286,27 @@ class Progress(Everywhere):
     """Take in what ``intercepts`` send straight to this host (bpf/progress.c)."""
 
     def __init__(
-        self, intercepts: Sequence[tuple[bytes, int]], port: int, cookie: int, ring_bytes: int,
-        kernel: KernelSessions,
+        self, intercepts: Sequence[tuple[bytes, int]], port: int, cookie: int,
+        transport: Transport, kernel: KernelSessions,
     ) -> None:  # fmt: skip
         super().__init__()
         self._intercepts = intercepts
-        self._defines: dict[str, int | str] = {
-            "PYCOPY_DATAGRAM_PORT": port,
-            "PYCOPY_INTERCEPTS_MAX": len(intercepts),
-        }
+        self._port = port
         self._cookie = cookie
-        self._ring_bytes = ring_bytes
+        self._transport = transport
         self._kernel = kernel
 
     def _make(self, l2_bytes: int) -> Tap:
-        text = prelude.intercepts_prelude(self._intercepts)
+        number = len(self._intercepts)
         tap = load_tap(
-            "progress.c", l2_bytes, Hook.TC_INGRESS, self._ring_bytes, text, self._defines, Tap,
-            self._kernel.maps,
+            "progress", l2_bytes, Hook.TC_INGRESS, self._transport,
+            Settings(datagram_port=self._port), Tap, self._kernel,
+            entries={"intercepts": number, "probes": number},
         )  # fmt: skip
-        tap.module.maps["cookie"].update(bytes(4), self._cookie.to_bytes(8, sys.byteorder))
+        maps = tap.module.maps
+        maps["cookie"].update(bytes(4), self._cookie.to_bytes(8, sys.byteorder))
+        for index, endpoint in enumerate(self._intercepts):
+            maps["intercepts"].update(abi.ENDPOINT.pack(*endpoint), _number(index))
         return tap
 
     def probed_ns(self, index: int) -> int:
@@ -242,30 +325,29 @@ class SelfIntercept(Everywhere):
     """
 
     def __init__(
-        self, targets: Sequence[tuple[bytes, int]], ports: tuple[int, int], ring_bytes: int,
-        max_sessions: int, kernel: KernelSessions | None = None,
+        self, targets: Iterable[tuple[bytes, int]], ports: tuple[int, int],
+        transport: Transport, max_sessions: int, kernel: KernelSessions | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self._kernel = kernel
-        self._targets = targets
+        self._targets = set(targets)
         self._ports = ports
-        self._ring_bytes = ring_bytes
+        self._transport = transport
         self._max_sessions = max_sessions
         self._claimed: set[bytes] = set()
         self._leaving: list[bytes] = []
         self._gone: list[bytes] = []
 
     def _make(self, l2_bytes: int) -> Tap:
-        text = prelude.targets_prelude(self._targets, *self._ports) + compile_filter("", l2_bytes)
-        defines = {
-            "PYCOPY_VERDICT_SWALLOW": TC_ACT_SHOT,
-            "PYCOPY_CHANNEL_PORT": 0,
-            "PYCOPY_SESSIONS": self._max_sessions + SPARE_SESSIONS,
-        }
         tap = load_tap(
-            "intercept.c", l2_bytes, Hook.TC_INGRESS, self._ring_bytes, text, defines, Tap,
-            self._kernel.maps if self._kernel else None,
+            "self", l2_bytes, Hook.TC_INGRESS, self._transport,
+            Settings(port_lo=self._ports[0], port_hi=self._ports[1]), Tap, self._kernel,
+            entries={
+                "servers": len(self._targets), "ours": self._max_sessions + SPARE_SESSIONS
+            },
         )  # fmt: skip
+        for target in self._targets:
+            tap.module.maps["servers"].update(abi.ENDPOINT.pack(*target), _number(1))
         for key in self._claimed:
             tap.module.maps["ours"].update(key, b"\1")
         return tap

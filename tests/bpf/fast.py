@@ -65,7 +65,7 @@ class Bench:
         self.wire = Wire()
         self.rules = rules or Rules()
         self.kernel = KernelSessions(2, slots)
-        shared = {"map_fds": self.kernel.maps.fds, **self.kernel.maps.defines()}
+        shared = {"kernel": self.kernel}
         self.capture = Capture(
             "tc", services=[(mapped(SERVERS[f]), ONLINE_PORT) for f in (4, 6)], **shared
         )

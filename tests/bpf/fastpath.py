@@ -12,28 +12,13 @@ import time
 from pycopy import abi, link
 from pycopy.abi import KEY
 from pycopy.fastpath.kernel import KernelSessions
-from pycopy.loader import load
-from pycopy.pcapfilter import compile_filter
-from pycopy.prelude import services_prelude
-from pycopy.ring import Ring
-from tests.bpf.harness import RING_BYTES, TC_SHOT, sh
+from tests.bpf.harness import Capture, Intercept, sh
 from tests.sessions.runner import Failed
 
 SLOTS = 32
 ETH_P_ALL = 3
 
 OURS_L2 = bytes(range(62, 74))
-
-#: From any target's port 80 or 81, to any of our ports.
-TARGETS = (
-    "#define PYCOPY_SELF 1\n#define PYCOPY_PORT_LO 1\n#define PYCOPY_PORT_HI 65535\n"
-    "#define PYCOPY_TARGETS(S) \\\n"
-    + " \\\n".join(
-        f"S({port}, " + ", ".join(f"ntohl(packet->src[{i}])" for i in range(4)) + ")"
-        for port in (80, 81)
-    )
-    + "\n"
-)
 
 
 class Programs:
@@ -48,27 +33,14 @@ class Programs:
         self.wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
         self.wire.bind(("wire", 0))
         self.kernel = KernelSessions(2, SLOTS)
-        self.capture, self.captured = self._load(
-            "capture.c", services_prelude([(None, 8080), (None, 8081)], True), {}
-        )
-        self.intercept, self.responses = self._load(
-            "intercept.c", TARGETS, {"PYCOPY_VERDICT_SWALLOW": TC_SHOT, "PYCOPY_CHANNEL_PORT": 0}
-        )
+        capture = Capture("tc", services=[(None, 8080), (None, 8081)], kernel=self.kernel)
+        intercept = Intercept("tc", targets=(), ports=(1, 65535), kernel=self.kernel)
+        self.capture, self.captured = capture.module, capture.ring
+        self.intercept, self.responses = intercept.module, intercept.ring
+        self.taps = capture, intercept
         self.kernel.load(14)
         self.numbers = itertools.count(1)
         self.counts_bytes = 8 * abi.FAST_COUNTS * link.possible_cpus()
-
-    def _load(self, source, prelude, more):
-        module = load(
-            source,
-            defines={
-                "PYCOPY_HOOK_XDP": 0, "PYCOPY_L2_BYTES": 14, "PYCOPY_RING_BYTES": RING_BYTES,
-                **more, **self.kernel.maps.defines(),
-            },
-            prelude=prelude + compile_filter("", 14),
-            map_fds=self.kernel.maps.fds,
-        )  # fmt: skip
-        return module, Ring(module.maps["segments"].fd, RING_BYTES)
 
     def frames(self, number):
         """That many frames off the wire: they are there, or on their way across the device."""
@@ -102,7 +74,7 @@ class Programs:
         self.slots()
         self.add_slots([slot.to_bytes(4, "little") for slot in range(SLOTS)])
         self.kernel._leaving, self.kernel._gone, self.kernel._fetched = [], [], {}
-        self.kernel.maps.by_name["counts"].update(bytes(4), bytes(self.counts_bytes))
+        self.kernel.maps.by_name["fast_counts"].update(bytes(4), bytes(self.counts_bytes))
         for ring in (self.captured, self.responses):
             list(ring.drain(1 << 20))
 
@@ -111,9 +83,7 @@ class Programs:
             link.stack_push(self.kernel.maps.by_name["slots"].fd, [int.from_bytes(slot, "little")])
 
     def close(self):
-        for ring in (self.captured, self.responses):
-            ring.close()
-        for module in (self.capture, self.intercept):
-            module.close()
+        for tap in self.taps:
+            tap.close()
         self.kernel.close()
         self.wire.close()

@@ -13,10 +13,8 @@ import time
 
 from pycopy import abi, link
 from pycopy.abi import CaptureCount, InterceptCount
-from pycopy.loader import load
-from pycopy.pcapfilter import compile_filter
-from pycopy.prelude import services_prelude, targets_prelude
-from pycopy.ring import Ring
+from pycopy.loader import Hook, make_map
+from pycopy.sources.live import Services, Settings, Tap, Transport, load_tap
 from tests.bpf.oracle import FRAGMENT, MALFORMED, TRUNCATED, WHOLE, look
 
 RING_BYTES = 1 << 22
@@ -26,13 +24,19 @@ TC_CONTINUE, TC_SHOT = 0xFFFFFFFF, 2
 CONTINUE = {"tc": TC_CONTINUE, "xdp": XDP_PASS}
 SWALLOW = {"tc": TC_SHOT, "xdp": XDP_DROP}
 
-#: A service on whatever port the packet is addressed to.
-EVERY_PORT = (
-    "#define PYCOPY_SERVICES(S) S(0, PYCOPY_ANYBODYS, ntohs(packet->tcp.dst_port), 0, 0, 0, 0)\n"
-)
-
 #: BPF_PROG_TEST_RUN takes no less (Linux 6.18: the IP header must be there) and no more.
 TC_MIN_BYTES, TC_MAX_BYTES, XDP_MIN_BYTES = {4: 34, 6: 54}, 3600, 14
+
+#: One service on whatever port the packet is addressed to, and what the map has for each.
+EVERY_PORT = "every port"
+ANYBODYS_FIRST = struct.pack("=I", abi.PORT_ANYBODYS)
+
+
+def heartbeat(beat_ns=(1 << 64) - 1):
+    """A map that says when user space was heard of last; as it is: it always will have been."""
+    fd = make_map("heartbeat")
+    link.map_update(fd, bytes(4), beat_ns.to_bytes(8, "little"))
+    return fd
 
 
 def runnable(hook, frame):
@@ -47,24 +51,27 @@ class Program:
     """One loaded program with its ring and its counters."""
 
     def __init__(
-        self, source, hook, counts, *, prelude, ring_bytes=RING_BYTES, l2_bytes=14, map_fds=(),
-        **more,
+        self, role, hook, counts, *, ring_bytes=RING_BYTES, l2_bytes=14, kernel=None, perf=False,
+        expression="", given=None, entries=None, beat_ns=(1 << 64) - 1, **settings,
     ):  # fmt: skip
         self.hook = hook
         self.kinds = counts
-        defines = {
-            "PYCOPY_HOOK_XDP": int(hook == "xdp"),
-            "PYCOPY_L2_BYTES": l2_bytes,
-            "PYCOPY_RING_BYTES": ring_bytes,
-            **more,
-        }
-        self.module = load(source, defines=defines, prelude=prelude, map_fds=map_fds)
+        self.beats = heartbeat(beat_ns)
+        transport = Transport(ring_bytes, perf, {"heartbeat": self.beats})
+        self.tap = load_tap(
+            role, l2_bytes, Hook.XDP if hook == "xdp" else Hook.TC_INGRESS, transport,
+            Settings(**settings), Tap, kernel, expression=expression, given=given, entries=entries,
+        )  # fmt: skip
+        self.module, self.ring = self.tap.module, self.tap.ring
         self.maps = self.module.maps
-        self.ring = Ring(self.maps["segments"].fd, ring_bytes)
         self.changed = {}
 
+    def beat(self, beat_ns):
+        link.map_update(self.beats, bytes(4), beat_ns.to_bytes(8, "little"))
+
     def close(self):
-        self.module.close()
+        self.tap.close()
+        os.close(self.beats)
 
     def counts(self):
         return {kind: self.maps["counts"].sum_percpu(kind) for kind in self.kinds}
@@ -86,12 +93,14 @@ class Program:
 
 
 class Capture(Program):
-    def __init__(
-        self, hook, *, services=(), prelude="", expression="", l2_bytes=14, forwarded=True, **more
-    ):
-        text = prelude or services_prelude(services, forwarded)
-        text += compile_filter(expression, l2_bytes)
-        super().__init__("capture.c", hook, CaptureCount, prelude=text, l2_bytes=l2_bytes, **more)
+    def __init__(self, hook, *, services=(), forwarded=True, **more):
+        """``services``: (address or None, port) each, or EVERY_PORT."""
+        everywhere = services == EVERY_PORT
+        maps = Services([] if everywhere else services, forwarded)
+        for port in range(1 << 16) if everywhere else ():
+            link.map_update(maps.given["service_ports"], struct.pack("=I", port), ANYBODYS_FIRST)
+        super().__init__("capture", hook, CaptureCount, given=maps.given, **more)
+        maps.close()
 
     @staticmethod
     def check_balance(counts):
@@ -122,23 +131,16 @@ class Capture(Program):
 
 
 class Intercept(Program):
-    def __init__(
-        self, hook, *, expression="", targets=None, ports=(0, 0), channel=0, swallow="", **more
-    ):
-        text = compile_filter(expression, more.get("l2_bytes", 14))
+    def __init__(self, hook, *, targets=None, ports=(0, 0), channel=0, **more):
+        """``targets``: the zero-route mode, with these (address, port) each."""
         if targets is not None:
-            text += targets_prelude(targets, *ports)
-            more["PYCOPY_SESSIONS"] = 1 << 14
-        verdict = "XDP_DROP" if hook == "xdp" else "TC_ACT_SHOT"
+            more["entries"] = {"servers": max(len(targets), 1), "ours": 1 << 14}
         super().__init__(
-            "intercept.c",
-            hook,
-            InterceptCount,
-            prelude=text,
-            PYCOPY_VERDICT_SWALLOW=swallow or verdict,
-            PYCOPY_CHANNEL_PORT=channel,
-            **more,
-        )
+            "intercept" if targets is None else "self", hook, InterceptCount,
+            port_lo=ports[0], port_hi=ports[1], channel_port=channel, **more,
+        )  # fmt: skip
+        for target in targets or ():
+            self.maps["servers"].update(abi.ENDPOINT.pack(*target), bytes(4))
         self.claimed = set()
 
     def own(self, client, server, client_port, server_port):

@@ -3,9 +3,9 @@
 import re
 import struct
 
-from pycopy import abi, ledger, link
-from pycopy.loader import load
+from pycopy import abi, bpfmaps, ledger, link, objects
 from pycopy.session.states import State
+from tests.bpf.sources import load
 
 #: Width in bytes of each letter of a struct format.
 WIDTHS = {"Q": 8, "I": 4, "H": 2, "h": 2, "B": 1}
@@ -26,7 +26,7 @@ int pycopy_facts(PYCOPY_CTX *ctx)
 }}
 """
     )
-    module = load(str(source), defines={"PYCOPY_HOOK_XDP": 0})
+    module = load(source)
     link.test_run(module.program_fd, bytes(64))
     values = [
         struct.unpack("=Q", module.maps["facts"].lookup(struct.pack("=I", index)))[0]
@@ -79,6 +79,23 @@ def test_claim_key(tmp_path):
     check_layout(tmp_path, "pycopy_claim_key", abi.CLAIM_KEY, ("prefix_bits", "addr"))
 
 
+def test_settings_and_endpoint(tmp_path):
+    names = ("worker", "workers", "port_lo", "port_hi", "channel_port", "datagram_port",
+             "redirect_away")  # fmt: skip
+    packed = struct.Struct(abi.SETTINGS.format.replace("7x", "7s"))
+    check_layout(tmp_path, "pycopy_settings", packed, (*names, "reserved"))
+    packed = struct.Struct(abi.ENDPOINT.format.replace("2x", "2s"))
+    check_layout(tmp_path, "pycopy_endpoint", packed, ("addr", "port", "reserved"))
+
+
+def test_every_map_has_its_number():
+    """The header has no map that bpfmaps lacks, and none twice."""
+    text = (objects.bpf_dir() / "pycopy.h").read_text()
+    body = text[text.index("enum pycopy_map {") :]
+    names = re.findall(r"PYCOPY_MAP_(\w+)", body[: body.index("};")])
+    assert [name.lower() for name in names] == list(bpfmaps.SHAPES)
+
+
 def test_segment_has_no_padding(tmp_path):
     """Padding would carry kernel memory to user space, and over the channel."""
     assert sum(width for _, width in layout(abi.SEGMENT, abi.Segment._fields).values()) == 112
@@ -103,6 +120,20 @@ def test_constants(tmp_path):
         "PYCOPY_POOL_NETWORKS": abi.POOL_NETWORKS,
         "PYCOPY_CAP_COUNTS": len(abi.CaptureCount),
         "PYCOPY_INT_COUNTS": len(abi.InterceptCount),
+        "PYCOPY_LINK_CONSTANT": abi.LINK_CONSTANT,
+        "PYCOPY_LINK_FILTER": abi.LINK_FILTER,
+        "PYCOPY_LAPSE_NS": abi.LAPSE_NS,
+        "PYCOPY_GRACE_NS": abi.GRACE_NS,
+        "PYCOPY_PORT_OWN": abi.PORT_OWN,
+        "PYCOPY_PORT_ANYBODYS": abi.PORT_ANYBODYS,
+        "PYCOPY_PORT_GIVEN": abi.PORT_GIVEN,
+        "PYCOPY_PORT_INDEX": abi.PORT_INDEX,
+        "PYCOPY_SCRATCH_BYTES": abi.SCRATCH_BYTES,
+        "PYCOPY_RELAY_WORK_BYTES": abi.RELAY_WORK_BYTES,
+        "PYCOPY_PENDING_SLOTS": abi.PENDING_SLOTS,
+        "sizeof(struct pycopy_pending)": abi.PENDING_SLOTS,
+        **{f"PYCOPY_CONSTANT_{each.name}": each.value for each in abi.Constant},
+        **{f"PYCOPY_MAP_{name.upper()}": number for name, number in bpfmaps.NUMBERS.items()},
         **{f"PYCOPY_CAP_{kind.name}": kind.value for kind in abi.CaptureCount},
         **{f"PYCOPY_INT_{kind.name}": kind.value for kind in abi.InterceptCount},
     }

@@ -15,7 +15,8 @@ import pytest
 from pycopy import link
 from pycopy.attach import HookTaken, attachments, xdp_program_ids
 from pycopy.errors import UsageError
-from pycopy.loader import Hook, attach, detach_leftovers, load
+from pycopy.loader import Hook, attach, detach_leftovers
+from tests.bpf.sources import load
 
 CLONE_NEWNET = 0x40000000
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,11 +36,12 @@ int %s(PYCOPY_CTX *ctx)
 
 CHILD = """
 import sys, time
-from pycopy.loader import Hook, attach, load
+from pycopy.loader import Hook, attach
+from tests.bpf.sources import load
 source, ifname, hook, prefer_link = sys.argv[1:]
 hook = Hook[hook]
 xdp = hook is Hook.XDP
-module = load(source, defines={"PYCOPY_HOOK_XDP": int(xdp), "VERDICT": 2 if xdp else -1})
+module = load(source, xdp=xdp, VERDICT=2 if xdp else -1)
 attachment = attach(module, ifname, hook, prefer_link=bool(int(prefer_link)))
 print(attachment.how, flush=True)
 time.sleep(60)
@@ -85,8 +87,7 @@ def compiled(tmp_path):
         xdp = hook is Hook.XDP
         if verdict is None:
             verdict = 2 if xdp else -1
-        defines = {"PYCOPY_HOOK_XDP": int(xdp), "VERDICT": verdict}
-        modules.append(load(str(source), defines=defines, programs=(name,)))
+        modules.append(load(source, xdp=xdp, name=name, VERDICT=verdict))
         return modules[-1]
 
     yield compile_counter

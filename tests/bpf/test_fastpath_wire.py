@@ -20,11 +20,12 @@ from pycopy import abi
 from pycopy.abi import CaptureCount, FastCount, InterceptCount, KernelSession
 from pycopy.fastpath.kernel import KernelSessions
 from pycopy.lab import offloads
-from pycopy.loader import Hook, attach, load
+from pycopy.loader import Hook, attach
 from pycopy.session.rules import Rules
 from tests.bpf.fast import Bench, check_balance, check_frame
 from tests.bpf.frames import SYN_OPTIONS, tcp
 from tests.bpf.harness import Capture, Intercept, Namespaces, mapped, sh, wait_for
+from tests.bpf.sources import load
 
 families = pytest.mark.parametrize("family", (4, 6))
 MATERIAL = bytes(number * 7 & 0xFF for number in range(100_000))
@@ -87,7 +88,7 @@ class Copying:
         family = hosts.family
         _, online, ours, target = ADDRESSES[family]
         self.kernel = KernelSessions(1, 64)
-        shared = {"map_fds": self.kernel.maps.fds, **self.kernel.maps.defines()}
+        shared = {"kernel": self.kernel}
         self.capture = Capture("tc", services=[(mapped(online), online_port)], **shared)
         self.intercept = Intercept(
             "tc", targets=[(mapped(target), target_port)], ports=PORTS, **shared
@@ -278,7 +279,7 @@ class Tagged:
             sh(f"ip link set {name} up")
         source = directory / "look.c"
         source.write_text(LOOK)
-        self._module = load(str(source), defines={"PYCOPY_HOOK_XDP": 0, "PYCOPY_L2_BYTES": 14})
+        self._module = load(source)
         # Whoever comes later runs first.
         self._attached = [
             attach(module, "srv", Hook.TC_INGRESS)

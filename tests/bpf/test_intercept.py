@@ -255,10 +255,10 @@ def test_ring_full(hook):
 
 
 @pytest.fixture(scope="module")
-def own(hook):
-    """Self placement: answers of two targets to our reserved ports."""
+def own():
+    """Self placement, at TC only: answers of two targets to our reserved ports."""
     targets = [(mapped(TARGET), 80), (mapped(TARGET6), 8080)]
-    program = Intercept(hook, targets=targets, ports=(40000, 40999))
+    program = Intercept("tc", targets=targets, ports=(40000, 40999))
     assert "claims" not in program.maps
     for dport in (40000, 40500, 40999):
         program.own(mapped(CLIENT), mapped(TARGET), dport, 80)

@@ -36,7 +36,7 @@ MARKER_PORT = 9
 
 @pytest.fixture(scope="module", params=["tc", "xdp"])
 def attachable(request):
-    program = Capture(request.param, prelude=EVERY_PORT)
+    program = Capture(request.param, services=EVERY_PORT)
     yield program
     program.close()
 
@@ -202,7 +202,7 @@ def tun(name):
 @pytest.mark.skipif(not os.path.exists("/dev/net/tun"), reason="no /dev/net/tun (CONFIG_TUN)")
 def test_no_link_header(hook, namespaces, port):
     namespaces.new()
-    program = Capture(hook, prelude=EVERY_PORT, l2_bytes=0)
+    program = Capture(hook, services=EVERY_PORT, l2_bytes=0)
     with tun("l3") as fd:
         attachment = attach(program.module, "l3", HOOKS[hook])
         for ip in HEADERS:
@@ -367,9 +367,8 @@ def test_swallowed_on_the_wire(hosts, side, family):
     """Nothing claimed: the connection works. Claimed: the client hears nothing, we all."""
     listener, port = listening(hosts, family)
     # TC_ACT_STOLEN would be "next program" to a TCX link; a redirect to no device is not.
-    swallow = "bpf_redirect(0, 0)" if side.startswith("target") else ""
     hook = "xdp" if "xdp" in side else "tc"
-    program = Intercept(hook, expression=f"tcp src port {port}", swallow=swallow)
+    program = Intercept(hook, expression=f"tcp src port {port}", redirect_away=side.startswith("target"))
     if side.startswith("target"):
         attachment = attach(program.module, "srv", Hook.TC_EGRESS)
     else:

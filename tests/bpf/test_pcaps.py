@@ -38,7 +38,7 @@ def ethernet_frames(path):
 
 
 def test_every_capture(hook):
-    program = Capture(hook, prelude=EVERY_PORT)
+    program = Capture(hook, services=EVERY_PORT)
     handshakes = Handshakes()
     seen = Counter()
     for path in sorted(Path(PCAPS).rglob("*")):

@@ -10,7 +10,6 @@ from scapy.layers.l2 import Dot1Q, Ether
 
 from pycopy import abi, link
 from pycopy.abi import InterceptCount, Owner
-from pycopy.prelude import intercepts_prelude
 from pycopy.session.states import State
 from tests.bpf.fast import SERVERS, TC_REDIRECT, Bench, check_frame
 from tests.bpf.frames import CLIENT, CLIENT6, tcp
@@ -34,10 +33,13 @@ class Progress(Program):
     def __init__(self, kernel):
         intercepts = [(mapped("10.9.9.9"), 1), *((mapped(INTERCEPT[f]), PORT) for f in (4, 6))]
         super().__init__(
-            "progress.c", "tc", InterceptCount, prelude=intercepts_prelude(intercepts),
-            PYCOPY_DATAGRAM_PORT=OUR_PORT, PYCOPY_INTERCEPTS_MAX=3,
-            map_fds=kernel.maps.fds, **kernel.maps.defines(),
+            "progress", "tc", InterceptCount, kernel=kernel, datagram_port=OUR_PORT,
+            entries={"intercepts": 3, "probes": 3},
         )  # fmt: skip
+        for index, intercept in enumerate(intercepts):
+            self.maps["intercepts"].update(
+                abi.ENDPOINT.pack(*intercept), index.to_bytes(4, "little")
+            )
         self.maps["cookie"].update(bytes(4), COOKIE.to_bytes(8, "little"))
 
     check_balance = staticmethod(Intercept.check_balance)

@@ -111,7 +111,7 @@ class Handshakes:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_capture(hook, seed):
-    program = Capture(hook, prelude=EVERY_PORT)
+    program = Capture(hook, services=EVERY_PORT)
     handshakes = Handshakes()
     fates = set()
     for number, frame in enumerate(frames(seed)):
@@ -167,7 +167,7 @@ def test_intercept(hook, seed):
 def test_options_area(hook):
     """All of the damage to the options, of which most of the parser's branches are about."""
     rng = random.Random(99)
-    program = Capture(hook, prelude=EVERY_PORT)
+    program = Capture(hook, services=EVERY_PORT)
     base = tcp(5, flags="S", payload=b"tail", options=[("NOP", 0)] * 40)
     fates = []
     for _ in range(FRAMES_PER_SEED):

@@ -193,7 +193,7 @@ def test_of_real_sockets_whose_data_must_live(hosts, family):  # noqa: F811
         stack.callback(listener.close)
         tap, ifindex = _way_out(stack)
         tap.setblocking(False)
-        program = Intercept("tc", expression=f"tcp src port {port}", swallow="bpf_redirect(0, 0)")
+        program = Intercept("tc", expression=f"tcp src port {port}", redirect_away=True)
         stack.callback(program.close)
         program.maps["relays"].update(bytes(4), entry(family, ifindex))
         attachment = attach(program.module, "srv", Hook.TC_EGRESS)

@@ -13,15 +13,16 @@ import pytest
 from pycopy import link
 from pycopy import ring as ring_module
 from pycopy.abi import KIND_CLIENT, SEGMENT, SEGMENT_BYTES, Segment
-from pycopy.loader import Hook, attach, load
+from pycopy.loader import Hook, attach
 from pycopy.ring import Ring
+from tests.bpf.sources import load
 
 RING_BYTES = 1 << 18
 HEADER_BYTES = 14
 
 #: What follows the Ethernet header of a packet becomes a record, cut at RECORD_BYTES.
 PROGRAM = """
-BPF_RINGBUF_OUTPUT(segments, PYCOPY_RING_BYTES / PAGE_SIZE);
+BPF_RINGBUF_OUTPUT(segments, RING_BYTES / PAGE_SIZE);
 BPF_PERCPU_ARRAY(counts, u64, 2);
 static inline void count(u32 index)
 {
@@ -61,13 +62,9 @@ def payload_bytes(request):
 def module(tmp_path, payload_bytes):
     source = tmp_path / "record.c"
     source.write_text(PROGRAM)
-    defines = {
-        "PYCOPY_HOOK_XDP": 0,
-        "PYCOPY_RING_BYTES": RING_BYTES,
-        "RECORD_BYTES": SEGMENT_BYTES + payload_bytes,
-        "VERDICT": -1,
-    }
-    module = load(str(source), defines=defines)
+    module = load(
+        source, RING_BYTES=RING_BYTES, RECORD_BYTES=SEGMENT_BYTES + payload_bytes, VERDICT=-1
+    )
     yield module
     module.close()
 

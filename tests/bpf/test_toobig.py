@@ -47,10 +47,10 @@ def check(program, frame, mtu=1300, client=CLIENT, sport=PORT):
 
 
 @pytest.fixture(scope="module")
-def own(hook):
-    """Self placement."""
+def own():
+    """Self placement: at TC only."""
     targets = [(mapped(TARGET), 80), (mapped(TARGET6), 80)]
-    program = Intercept(hook, targets=targets, ports=(40000, 40999))
+    program = Intercept("tc", targets=targets, ports=(40000, 40999))
     program.own(mapped(CLIENT), mapped(TARGET), PORT, 80)
     program.own(mapped(CLIENT6), mapped(TARGET6), PORT, 80)
     yield program
@@ -104,9 +104,9 @@ def test_cut_at_every_length(own, client):
     check(own, frame, client=client)
 
 
-def test_ring_full(hook):
+def test_ring_full():
     """Let through all the same, and counted."""
-    program = Intercept(hook, targets=[(mapped(TARGET), 80)], ports=(40000, 40999), ring_bytes=4096)
+    program = Intercept("tc", targets=[(mapped(TARGET), 80)], ports=(40000, 40999), ring_bytes=4096)
     program.own(mapped(CLIENT), mapped(TARGET), PORT, 80)
     for _ in range(4096 // 120 + 5):
         program.call(too_big())

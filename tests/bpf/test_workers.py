@@ -18,7 +18,7 @@ FLOWS = 300
 @pytest.fixture(scope="module", params=[2, 5])
 def programs(hook, request):
     made = [
-        Capture(hook, services=SERVICES, PYCOPY_WORKER=worker, PYCOPY_WORKERS=request.param)
+        Capture(hook, services=SERVICES, worker=worker, workers=request.param)
         for worker in range(request.param)
     ]
     yield made
