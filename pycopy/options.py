@@ -77,6 +77,9 @@ examples:
       what arrives at port 80 goes to 10.0.0.2:8080 as well
   pycopy replay -x 80-10.0.0.2:8080,6379-10.0.0.2:6379 -r 10 -i eth0
       two services, one client in ten, from eth0 only
+  pycopy replay -x 8000-8999-10.0.0.2:18000
+      a thousand: 8000 goes to 18000, 8001 to 18001, and so on to 18999;
+      with -x 8000-8999-10.0.0.2:80-80 all of them go to port 80
   pycopy replay -x 80-10.0.0.2:8080 -s 10.0.0.3 -c 62.135.200.x
       clients appear as 62.135.200.x; intercept runs on the assistant 10.0.0.3,
       and the target has a route: ip route add 62.135.200.0/24 via 10.0.0.3
@@ -219,7 +222,7 @@ def replay_parser() -> Parser:
         "--copy",
         metavar="SPEC",
         help="[srcIP:]srcPort-dstIP:dstPort, comma separated; IPv6 in brackets; the first match"
-        " wins",
+        " wins; srcPort may be a range: as many target ports in a row, from dstPort on",
     )
     _add_interface(what)
     what.add_argument(

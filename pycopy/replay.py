@@ -19,7 +19,7 @@ from pycopy.abi import CaptureCount, InterceptCount, Segment
 from pycopy.answers import Answers, OwnAnswers
 from pycopy.attach import Hook
 from pycopy.channelanswers import ChannelAnswers
-from pycopy.config import ReplayConfig, endpoint
+from pycopy.config import ReplayConfig, describe, describe_endpoints
 from pycopy.devices import find_devices
 from pycopy.egress import Egress
 from pycopy.errors import EXIT_FAILED, EXIT_OK, PeerError, PycopyError, UsageError
@@ -99,7 +99,7 @@ class Replay:
         self._finished = False
         self._out_of_memory = False
         self._payload_bytes = (config.memory_mb << 20) // PAYLOAD_SHARE
-        services = ", ".join(map(str, config.services))
+        services = describe(config.services)
         self.view = View(
             self.snapshot, config.interval_s, config.quiet, config.json, f"pycopy replay {services}"
         )
@@ -226,8 +226,7 @@ class Replay:
         config = self.config
         where = ", ".join(each.ifname for tap in self._captures for each in tap.attachments)
         how = {each.how for tap in self._captures for each in tap.attachments}
-        services = ", ".join(str(service) for service in config.services)
-        return f"copying {services} from {where} ({', '.join(sorted(how))})"
+        return f"copying {describe(config.services)} from {where} ({', '.join(sorted(how))})"
 
     def carrying(self) -> str:
         """Who does the work: the banner's last part."""
@@ -402,7 +401,7 @@ class Replay:
             self._first_syn_ns = now_ns
         elif now_ns - self._first_syn_ns >= SILENCE_NS:
             self._silent = False
-            targets = ", ".join(sorted({endpoint(*target) for target in self._targets}))
+            targets = describe_endpoints(self._targets)
             say(f"no answer yet from {targets} to {counts[Count.SENT_SYN]} SYNs")
             say(f"  {self._answers.hints}")
 

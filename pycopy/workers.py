@@ -17,7 +17,7 @@ from typing import Any
 
 from pycopy import daemon, selfports, shares
 from pycopy.answers import own_words
-from pycopy.config import ReplayConfig
+from pycopy.config import ReplayConfig, describe
 from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
 from pycopy.frame import BALANCED, Snapshot, Value
 from pycopy.loop import NEVER_NS, READ, Loop
@@ -83,7 +83,7 @@ class Master:
         self._print_at = NEVER_NS
         #: How often which words were said, by us and by each worker.
         self._said: dict[str, list[int]] = {}
-        services = ", ".join(map(str, config.services))
+        services = describe(config.services)
         self.view = View(
             self.snapshot, config.interval_s, config.quiet, config.json, f"pycopy replay {services}"
         )
