@@ -63,6 +63,31 @@ def test_an_address_that_is_not_this_hosts_is_worth_a_warning():
     assert len(warning) < 100
 
 
+def test_one_warning_an_address_and_few_in_all():
+    text = "10.0.0.8:8000-8999-10.0.0.3:80-80,10.0.0.9:80-10.0.0.3:80"
+    first, second = guards.foreign_sources(config.parse_services(text), LOCAL)
+    assert "10.0.0.8:8000-10.0.0.3:80 and 999 more: this host has no address 10.0.0.8" in first
+    assert "no address 10.0.0.9" in second
+    text = ",".join(f"10.1.{n >> 8}.{n & 255}:80-10.0.0.3:80" for n in range(4000))
+    warnings = guards.foreign_sources(config.parse_services(text), LOCAL)
+    assert len(warnings) < 10 and "3,992 more addresses" in warnings[-1]
+
+
+def test_every_address_is_judged_once(monkeypatch):
+    judged = []
+    judge = guards.unmap_address
+    monkeypatch.setattr(guards, "unmap_address", lambda addr: judged.append(addr) or judge(addr))
+    check("1000-4999-10.0.0.2:1000,5000-10.0.0.3:1")
+    assert len(judged) <= 2 * 2
+
+
+def test_a_loop_inside_a_range():
+    for text in ("10.0.0.2:80-89-10.0.0.3:80,90-10.0.0.2:85", "10.0.0.2:80-89-10.0.0.2:85"):
+        with pytest.raises(Refused, match="a loop"):
+            check(text)
+    check("10.0.0.2:80-89-10.0.0.2:90")
+
+
 @pytest.mark.parametrize("text", ["80-1.2.3.148:80", "80-[2001:4860:4860::8888]:80"])
 def test_public_targets_need_a_flag(text):
     with pytest.raises(Refused) as caught:
