@@ -1,13 +1,15 @@
 """Which ports the copies of the zero-route mode may use.
 
 Outside the kernel's ephemeral range, so that no connection of this host is ever given one;
-well above the registered services; and none that any socket of this host uses now. They
-are not bound: a production service that starts later and wants one must get it, and only
-answers of the targets themselves to these ports are ever swallowed.
+well above the registered services; and none that any socket of this host uses now, or that
+is copied: what the target answers to one would be captured as a client's. They are not
+bound: a production service that starts later and wants one must get it, and only answers of
+the targets themselves to these ports are ever swallowed.
 """
 
 import fcntl
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from pycopy.errors import PycopyError, UsageError
@@ -77,13 +79,13 @@ def hold_range(ends: tuple[int, int]) -> int:
     return lock
 
 
-def choose_ports(ends: tuple[int, int]) -> list[int]:
-    """The ports of the range that no socket of this host uses."""
-    used = ports_in_use()
+def choose_ports(ends: tuple[int, int], copied: Iterable[int] = ()) -> list[int]:
+    """The ports of the range that no socket of this host uses, and none of ``copied``."""
+    used = ports_in_use().union(copied)
     ports = [port for port in range(ends[0], ends[1] + 1) if port not in used]
     if not ports:
         raise PycopyError(
-            f"every port of {ends[0]}-{ends[1]} is in use on this host",
+            f"every port of {ends[0]}-{ends[1]} is in use on this host, or copied (-x)",
             "give another range with --ports",
         )
     return ports

@@ -54,6 +54,13 @@ def test_a_port_that_a_socket_uses_is_left_out(family):
         assert selfports.choose_ports((port - 1, port + 1)).count(port) == 0
 
 
+def test_a_port_that_is_copied_is_left_out():
+    ports = selfports.choose_ports((20_000, 20_099))
+    assert selfports.choose_ports((20_000, 20_099), ports[:-1]) == ports[-1:]
+    with pytest.raises(PycopyError, match="or copied"):
+        selfports.choose_ports((20_000, 20_099), range(10_000, 30_000))
+
+
 def test_a_range_without_a_free_port_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as used:
         port = used.getsockname()[1]
