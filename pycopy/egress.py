@@ -76,7 +76,7 @@ class Egress:
         """A device's MTU was lowered and we have not heard of it yet: look, and send again."""
         sessions, self._too_big = dict.fromkeys(self._too_big), []
         now_ns = time.monotonic_ns()
-        self._hops.tick(now_ns)
+        self._hops.look_at_all()
         for session in sessions:
             if session.hop is not None:
                 session.lower_mtu(session.hop.mtu, now_ns)

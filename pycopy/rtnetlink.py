@@ -1,26 +1,20 @@
-"""Ask the kernel for routes, neighbours, links and addresses (rtnetlink), and hear of changes.
+"""Ask the kernel for routes, neighbours and links (rtnetlink), and hear of changes.
 
-Framing and sockets are plain here; the messages' insides are pyroute2's. It must not know
-what the answers are used for.
+One socket for all requests, since thousands of targets have thousands of them. It must not
+know what the answers are used for. Addresses are 16 bytes, IPv4 as IPv4-mapped.
 """
 
-import importlib.util
-import ipaddress
 import os
 import socket
 import struct
-import sys
 from collections.abc import Iterator
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pycopy.errors import HostUnfit
-from pycopy.inet import MAPPED_PREFIX, map_address, unmap_address
+from pycopy.inet import MAPPED_PREFIX, unmap_address
+from pycopy.netlink import ACK, CREATE, REQUEST, attribute, attributes
 
 # linux/netlink.h, rtnetlink.h
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_NLM_F_REQUEST = 1
-NLM_F_ACK, NLM_F_DUMP, NLM_F_CREATE = 4, 0x300, 0x400
+_NLMSG_ERROR = 2
 RTM_GETLINK, RTM_GETROUTE = 18, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 _RTMGRP_LINK, _RTMGRP_NEIGH = 0x1, 0x4
@@ -36,55 +30,54 @@ _GROUPS = (
     | _RTMGRP_IPV6_ROUTE
     | _RTMGRP_IPV6_RULE
 )
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PREFSRC, _RTA_METRICS, _RTA_VIA = 1, 4, 5, 7, 8, 18
+_RTAX_MTU = 2
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU = 1, 3, 4
+_NDA_DST, _NDA_LLADDR, _NDA_FLAGS_EXT = 1, 2, 15
+_NTF_USE = 0x01
+
 _NLMSGHDR = struct.Struct("=IHHII")
+_ERRNO = struct.Struct("=i")
+_U32 = struct.Struct("=I")
+#: family, dst_len, src_len, tos, table, protocol, scope, type, flags
+_RTMSG = struct.Struct("=8BI")
+#: family, type, index, flags, change
+_IFINFOMSG = struct.Struct("=BxHiII")
+#: family, ifindex, state, flags, type
+_NDMSG = struct.Struct("=BxxxiHBB")
 _DATAGRAM_BYTES = 1 << 16
 
 
-class Codecs(NamedTuple):
-    rtmsg: type
-    ndmsg: type
-    ifinfmsg: type
+class Route(NamedTuple):
+    kind: int  #: RTN_*
+    ifindex: int
+    gateway: bytes  #: empty: none
+    source: bytes  #: empty: none
+    mtu: int  #: 0: the device's
 
 
-_loaded: Codecs | None = None
+class Link(NamedTuple):
+    ifname: str
+    kind: int  #: ARPHRD_*
+    flags: int  #: IFF_*
+    mtu: int
+    mac: bytes
 
 
-def codecs() -> Codecs:
-    """pyroute2's message classes, without the rest of pyroute2.
+class Entry(NamedTuple):
+    """Of the neighbour table."""
 
-    Importing the package runs an ``__init__`` that loads every subsystem: 26 MB resident,
-    more than everything else in this process. The four classes alone are 5 MB, so they are
-    imported below a bare stand-in package, which is taken away again: whoever imports
-    pyroute2 itself still gets the real one. The classes are the same in 0.7 and 0.9, whose
-    sockets are not (0.9 runs asyncio inside), which is why the sockets here are our own.
-    """
-    global _loaded
-    if _loaded is not None:
-        return _loaded
-    before = {name: module for name, module in sys.modules.items() if _is_pyroute2(name)}
-    if not before:
-        spec = importlib.util.find_spec("pyroute2")
-        if spec is None or spec.submodule_search_locations is None:
-            raise HostUnfit(
-                "the Python package pyroute2 is missing", "apt install python3-pyroute2"
-            )
-        package = ModuleType("pyroute2")
-        package.__path__ = list(spec.submodule_search_locations)
-        sys.modules["pyroute2"] = package
-    try:
-        from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-        from pyroute2.netlink.rtnl.ndmsg import ndmsg
-        from pyroute2.netlink.rtnl.rtmsg import rtmsg
-    finally:
-        if not before:
-            for name in [name for name in sys.modules if _is_pyroute2(name)]:
-                del sys.modules[name]
-    _loaded = Codecs(rtmsg, ndmsg, ifinfmsg)
-    return _loaded
+    state: int  #: NUD_*
+    flags: int  #: NTF_*
+    extended: bool  #: it has flags beyond those: the kernel sends them for managed entries only
+    mac: bytes
 
 
-def _is_pyroute2(name: str) -> bool:
-    return name == "pyroute2" or name.startswith("pyroute2.")
+class Neighbour(NamedTuple):
+    """Who must answer ARP or neighbour discovery on an interface."""
+
+    ifindex: int
+    address: bytes
 
 
 def messages(data: bytes) -> Iterator[tuple[int, int, int]]:
@@ -99,7 +92,8 @@ def messages(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 class Requests:
-    """The socket that asks: one request, its answers. The kernel answers while it sends."""
+    """The socket that asks: one request, its answer; OSError is the kernel's no. The kernel
+    answers while it sends."""
 
     def __init__(self) -> None:
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
@@ -108,34 +102,63 @@ class Requests:
         self._sock.settimeout(2)
         self._seq = 0
 
-    def ask(self, kind: int, flags: int, message: Any) -> list[Any]:
-        """Answers as decoded messages of ``message``'s class; OSError is the kernel's no."""
+    def route(self, destination: bytes) -> Route:
+        """The one that a packet to ``destination`` would take."""
+        raw = _raw(destination)
+        body = _RTMSG.pack(family_of(destination), 8 * len(raw), 0, 0, 0, 0, 0, 0, 0)
+        answer = self._ask(RTM_GETROUTE, 0, body + attribute(_RTA_DST, raw))
+        found = attributes(answer[_RTMSG.size :])
+        via = found.get(_RTA_VIA, b"")  # an IPv6 gateway for IPv4 (RFC 5549), after its family
+        metrics = attributes(found.get(_RTA_METRICS, b""))
+        return Route(
+            _RTMSG.unpack_from(answer)[7],
+            _number(found.get(_RTA_OIF)),
+            _address(found.get(_RTA_GATEWAY) or via[2:]),
+            _address(found.get(_RTA_PREFSRC, b"")),
+            _number(metrics.get(_RTAX_MTU)),
+        )
+
+    def link(self, ifindex: int) -> Link:
+        answer = self._ask(RTM_GETLINK, 0, _IFINFOMSG.pack(socket.AF_UNSPEC, 0, ifindex, 0, 0))
+        _, kind, _, flags, _ = _IFINFOMSG.unpack_from(answer)
+        found = attributes(answer[_IFINFOMSG.size :])
+        ifname = os.fsdecode(found.get(_IFLA_IFNAME, b"").rstrip(b"\0"))
+        mtu = _number(found.get(_IFLA_MTU))
+        return Link(ifname, kind, flags, mtu, found.get(_IFLA_ADDRESS, b""))
+
+    def neighbour(self, neighbour: Neighbour) -> Entry | None:
+        """None: the kernel does not know it yet."""
+        try:
+            answer = self._ask(RTM_GETNEIGH, 0, _neighbour_body(neighbour, 0))
+        except OSError:
+            return None
+        _, _, state, flags, _ = _NDMSG.unpack_from(answer)
+        found = attributes(answer[_NDMSG.size :])
+        return Entry(state, flags, _NDA_FLAGS_EXT in found, found.get(_NDA_LLADDR, b""))
+
+    def use(self, neighbour: Neighbour) -> None:
+        """What `ip neigh add ... use` sends: as if a packet wanted to go there. The kernel starts
+        resolving, or re-checks an entry that has become stale; what comes of it is an event."""
+        self._ask(RTM_NEWNEIGH, ACK | CREATE, _neighbour_body(neighbour, _NTF_USE))
+
+    def _ask(self, kind: int, flags: int, body: bytes) -> bytes:
+        """The answer's body; empty if there is only the acknowledgement."""
         self._seq += 1
-        header = message["header"]
-        header["type"] = kind
-        header["flags"] = _NLM_F_REQUEST | flags
-        header["sequence_number"] = self._seq
-        message.encode()
-        self._sock.send(message.data)
-        more = bool(flags & (NLM_F_DUMP | NLM_F_ACK))
-        answers: list[Any] = []
+        header = _NLMSGHDR.pack(
+            _NLMSGHDR.size + len(body), kind, REQUEST | flags, self._seq & 0xFFFFFFFF, 0
+        )
+        self._sock.send(header + body)
         while True:
             data = self._sock.recv(_DATAGRAM_BYTES)
             for got, offset, length in messages(data):
-                if _NLMSGHDR.unpack_from(data, offset)[3] != self._seq:
+                if _NLMSGHDR.unpack_from(data, offset)[3] != self._seq & 0xFFFFFFFF:
                     continue  # left over from a request that timed out
-                if got == _NLMSG_DONE:
-                    return answers
-                if got == _NLMSG_ERROR:
-                    code = -struct.unpack_from("=i", data, offset + 16)[0]
-                    if code:
-                        raise OSError(code, os.strerror(code))
-                    return answers
-                answer = type(message)(data[offset : offset + length])
-                answer.decode()
-                answers.append(answer)
-            if answers and not more:
-                return answers
+                content = data[offset + _NLMSGHDR.size : offset + length]
+                if got != _NLMSG_ERROR:
+                    return content
+                if code := -_ERRNO.unpack_from(content)[0]:
+                    raise OSError(code, os.strerror(code))
+                return b""
 
     def close(self) -> None:
         self._sock.close()
@@ -150,7 +173,18 @@ def open_events() -> socket.socket:
     return sock
 
 
-# Addresses are 16 bytes here, IPv4-mapped for IPv4, and text in pyroute2's messages.
+def neighbour_of(message: bytes) -> Neighbour:
+    """Whom a whole message RTM_NEWNEIGH or RTM_DELNEIGH, its header included, is about."""
+    body = message[_NLMSGHDR.size :]
+    if len(body) < _NDMSG.size:
+        return Neighbour(0, b"")
+    destination = attributes(body[_NDMSG.size :]).get(_NDA_DST, b"")
+    return Neighbour(_NDMSG.unpack_from(body)[1], _address(destination))
+
+
+def _neighbour_body(neighbour: Neighbour, flags: int) -> bytes:
+    body = _NDMSG.pack(family_of(neighbour.address), neighbour.ifindex, 0, flags, 0)
+    return body + attribute(_NDA_DST, _raw(neighbour.address))
 
 
 def family_of(address: bytes) -> int:
@@ -162,9 +196,14 @@ def to_text(address: bytes) -> str:
     return str(unmap_address(address))
 
 
-def from_text(text: str) -> bytes:
-    return map_address(ipaddress.ip_address(text))
+def _raw(address: bytes) -> bytes:
+    """As it stands in messages: 4 or 16 bytes."""
+    return address[12:] if address.startswith(MAPPED_PREFIX) else address
 
 
-def mac_bytes(text: str | None) -> bytes:
-    return bytes.fromhex(text.replace(":", "")) if text else b""
+def _address(raw: bytes) -> bytes:
+    return MAPPED_PREFIX + raw if len(raw) == 4 else raw
+
+
+def _number(content: bytes | None) -> int:
+    return _U32.unpack(content)[0] if content else 0

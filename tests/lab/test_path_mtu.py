@@ -1,13 +1,15 @@
 """A path to the target that takes less than its first hop: found out and followed."""
 
+import ipaddress
+
 import pytest
 
 from pycopy.abi import ACK, KEY, OPT_MSS, PSH, SYN, Segment
 from pycopy.egress import Egress
+from pycopy.inet import map_address
 from pycopy.lab.copying import Placement
 from pycopy.ledger import Count, Ledger
 from pycopy.nexthop import NextHops
-from pycopy.rtnetlink import from_text
 from pycopy.session.addresses import KeptAddresses
 from pycopy.session.rules import Rules
 from pycopy.session.table import Table
@@ -80,7 +82,8 @@ def test_a_router_whose_way_to_the_clients_is_the_assistant(lab, scenario, narro
 def test_a_device_that_was_narrowed_a_moment_ago(lab):
     """Before its event is read: the socket says EMSGSIZE, and the segment is cut smaller."""
     client, online, target = (
-        from_text(lab.address(role, 4)) for role in ("client", "online", "target")
+        map_address(ipaddress.ip_address(lab.address(role, 4)))
+        for role in ("client", "online", "target")
     )
     key = KEY.pack(client, online, 40001, 80)
     ledger, now_ns = Ledger(), 0
