@@ -28,7 +28,7 @@ from pycopy.heartbeat import Heartbeat
 from pycopy.ledger import Count, Fate, Ledger
 from pycopy.loop import NEVER_NS, READ, Loop
 from pycopy.messages import say
-from pycopy.nexthop import NextHops
+from pycopy.nexthop import Hop, NextHops
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.states import Outcome
 from pycopy.session.table import Table
@@ -78,7 +78,9 @@ class Replay:
         self._first_syn_ns = 0
         #: Nothing has come back so far, and nothing was said about it.
         self._silent = True
-        self._hops = NextHops(on_change=lambda _hop: self._on_hop_change())
+        self._hops = NextHops(self._on_hop_change)
+        #: Devices by which targets have been reached: index and name.
+        self._ways_out: set[tuple[int, str]] = set()
         self._fastpath: FastPath | None = None
         self._egress = Egress(self._hops, self.ledger, config.mtu)
         self._targets = [(each.target_addr, each.target_port) for each in config.services]
@@ -117,11 +119,10 @@ class Replay:
     def start(self) -> None:
         """Resolve, attach, connect; raises PycopyError with everything undone by close()."""
         self._loop.add(self._hops.fileno(), READ, self._hops.on_readable)
-        for target_addr, _ in self._targets:
-            self._hops.resolve(target_addr)
+        hops = self._hops.resolve_all(addr for addr, _ in self._targets)
         self._hops.wait_usable(START_TIMEOUT_S)
-        for target_addr, _ in self._targets:
-            self._egress.prepare(self._hops.resolve(target_addr))
+        for hop in hops:
+            self._egress.prepare(hop)
         self.table = Table(
             self._rules(), self.ledger, self._answers.addresses(), self._targets,
             self._egress.path_mss, time.monotonic_ns(),
@@ -181,10 +182,13 @@ class Replay:
             self._fastpath.close()
             self._fastpath = None
 
-    def _on_hop_change(self) -> None:
-        self._answers.on_hop_change()
+    def _on_hop_change(self, hop: Hop) -> None:
+        if hop.usable and (way := (hop.ifindex, hop.ifname)) not in self._ways_out:
+            # A look at all devices and targets, so not for each target that comes this way.
+            self._ways_out.add(way)
+            self._answers.on_hop_change()
         if self._fastpath is not None:
-            self._fastpath.on_hop_change()
+            self._fastpath.on_hop_change(hop)
 
     def _rules(self) -> Rules:
         config = self.config

@@ -13,7 +13,7 @@ from pycopy.egress import Egress
 from pycopy.fastpath.kernel import KernelSessions, active
 from pycopy.inet import family_of
 from pycopy.ledger import Count, Fate, Ledger, ResponseFate
-from pycopy.nexthop import NextHops
+from pycopy.nexthop import Hop, NextHops
 from pycopy.session.addresses import Network
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.states import Outcome
@@ -87,7 +87,13 @@ class FastPath:
         self.kernel = KernelSessions(
             len(config.services), config.max_sessions, config.backlog_bytes
         )
-        self._config = config
+        #: By target: the services that go there, each with its port, and what the programs were
+        #: told of the way; they share it.
+        self._services_of: dict[bytes, list[tuple[int, int]]] = {}
+        for index, service in enumerate(config.services):
+            its = self._services_of.setdefault(service.target_addr, [])
+            its.append((index, service.target_port))
+        self._told: dict[bytes, tuple[object, ...]] = {}
         #: Sampling is user space's: the kernel opens nothing then.
         self._samples = config.sample_percent < 100 or config.ramp
         self._closed = False
@@ -154,15 +160,25 @@ class FastPath:
             self._cut_off = cut_off
             self.on_hop_change()
 
-    def on_hop_change(self) -> None:
-        """Tell the programs where frames to the targets go now."""
-        for index, service in enumerate(self._config.services):
-            target = service.target_addr
-            family = family_of(target)
-            self.kernel.set_hop(
-                index, self._hops.resolve(target), family, service.target_port,
-                self._egress.path_mss(target), family in self._families and not self._cut_off,
-            )  # fmt: skip
+    def on_hop_change(self, changed: Hop | None = None) -> None:
+        """Tell the programs where frames to a target go now; None: to all of them."""
+        if changed is None:
+            for target in self._services_of:
+                self._tell_way(self._hops.resolve(target))
+        elif changed.destination in self._services_of:
+            self._tell_way(changed)
+
+    def _tell_way(self, hop: Hop) -> None:
+        """Thousands of services may go there: only what is new is written."""
+        target = hop.destination
+        family, mss = family_of(target), self._egress.path_mss(target)
+        allowed = family in self._families and not self._cut_off
+        way = (hop.ifindex, hop.usable, hop.l2, hop.source, mss, allowed)
+        if self._told.get(target) == way:
+            return
+        for index, port in self._services_of[target]:
+            self.kernel.set_hop(index, hop, family, port, mss, allowed)
+        self._told[target] = way
 
     def on_timer(self, now_ns: int) -> None:
         """Let time pass for the kernel's sessions, and take over what needs judgement."""

@@ -10,6 +10,7 @@ from pycopy.fastpath import driver as driver_module
 from pycopy.fastpath.driver import HOLDING_NS, NOT_SENT, REST_NS, SWEEP_NS, TICK_NS, FastPath
 from pycopy.fastpath.kernel import active
 from pycopy.ledger import Count, Fate, Ledger, ResponseFate
+from pycopy.nexthop import Hop
 from pycopy.session.states import Outcome
 
 LINE = "-x 80-10.0.0.2:8080 --max-sessions 99"
@@ -205,3 +206,78 @@ def test_where_no_response_reaches_the_kernel_it_has_no_session(make):
     assert not path.kernel.told  # a SYN may be unread
     path.after_turn(lambda: False)
     assert ("set_closed", False) in path.kernel.told
+
+
+class Hops:
+    """The next hops of a test's own, each told of when it changes."""
+
+    def __init__(self, path):
+        self.hops = {}
+        path._hops = path._egress = self
+        self.mss = 1460
+
+    def resolve(self, destination):
+        if destination not in self.hops:
+            self.hops[destination] = Hop(destination)
+            self.hops[destination].usable = True
+        return self.hops[destination]
+
+    def path_mss(self, _):
+        return self.mss
+
+
+def told(path):
+    """The services whose way was written since last asked, with port and whether allowed."""
+    calls, path.kernel.told = path.kernel.told, []
+    return [(call[1], call[4], call[6]) for call in calls if call[0] == "set_hop"]
+
+
+@pytest.fixture
+def thousands(monkeypatch):
+    """Towards three targets: 1,000 services, 1,000 others, and one by IPv6."""
+    monkeypatch.setattr(driver_module, "KernelSessions", Kernel)
+    line = "-x 1000-1999-10.0.0.2:1,3000-3999-10.0.0.3:7-7,80-[fd00::2]:9"
+    path = FastPath(cli.replay_config(line.split()))
+    path._ledger, path._table = Ledger(), Table()
+    hops = Hops(path)
+    path.on_hop_change()
+    return path, [hops.resolve(addr) for addr in path._services_of]
+
+
+def test_every_service_has_its_way_once(thousands):
+    path, _ = thousands
+    every = [*((n, 1 + n, True) for n in range(1000)), *((1000 + n, 7, True) for n in range(1000)),
+             (2000, 9, True)]  # fmt: skip
+    assert told(path) == every
+    path.on_hop_change()
+    assert told(path) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("ifindex", 9), ("l2", bytes(14)), ("usable", False), ("source", bytes(15) + b"\7")],
+)
+def test_a_change_of_one_hop_is_its_services_only(thousands, field, value):
+    path, (_, second, last) = thousands
+    told(path)
+    setattr(last, field, value)
+    path.on_hop_change(second)  # nothing that the programs know of has changed
+    assert told(path) == []
+    path.on_hop_change(last)
+    assert told(path) == [(2000, 9, True)]
+    path.on_hop_change(Hop(bytes(15) + b"\x63"))  # of another than the targets
+    assert told(path) == []
+
+
+def test_what_concerns_all_services_is_told_of_those_it_changes(thousands):
+    path, _ = thousands
+    told(path)
+    path.use_families(frozenset({4}))
+    assert told(path) == [(2000, 9, False)]
+    path.set_cut_off(True)
+    assert [allowed for _, _, allowed in told(path)] == [False] * 2000
+    path.set_cut_off(False)
+    assert len(told(path)) == 2000
+    path._egress.mss = 1400
+    path.on_hop_change()
+    assert len(told(path)) == 2001
