@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 
 from pycopy import rtnetlink as rt
 from pycopy.errors import PycopyError
+from pycopy.inet import unmap_address
 from pycopy.loop import NEVER_NS
 
 _UNSPECIFIED = bytes(16)
@@ -45,6 +46,7 @@ _RTN_UNICAST, _RTN_LOCAL = 1, 2
 _ETHERTYPE: dict[int, bytes] = {socket.AF_INET: b"\x08\x00", socket.AF_INET6: b"\x86\xdd"}
 
 _NO_ROUTE = "no route"
+_MULTICAST = "it is a multicast address"
 _UNANSWERED = "the neighbour does not answer"
 _TABLE_FULL = "the kernel's neighbour table is full"
 # What the kernel says of a destination, as an errno (most) or as a route type (the rest).
@@ -55,7 +57,7 @@ _ROUTE_ERRORS = {
 }
 _ROUTE_TYPES = {
     3: "it is a broadcast address",
-    5: "it is a multicast address",
+    5: _MULTICAST,
     6: "its route is a blackhole",
     7: "its route says unreachable",
     8: "its route says prohibit",
@@ -308,6 +310,8 @@ class NextHops:
         """The kernel's choice for ``hop`` (of several next hops, one); notes its neighbour."""
         neighbour = None
         try:
+            if unmap_address(hop.destination).is_multicast:
+                raise _Unusable(_MULTICAST)  # the kernel says so only where it has a route to it
             route = self._requests.route(hop.destination)
             if route.kind not in (_RTN_UNICAST, _RTN_LOCAL):
                 raise _Unusable(_ROUTE_TYPES.get(route.kind, _NO_ROUTE))

@@ -49,6 +49,21 @@ def test_multicast_is_refused_with_the_reason(hops):
         hops.wait_usable(0)
 
 
+def test_multicast_is_refused_with_the_reason_where_there_is_no_route_at_all(root):
+    for options in (["-n"], ["-n", "-m"]):
+        code = (
+            "import sys; sys.path.insert(0, sys.argv[1])\n"
+            "from pycopy import nexthop\n"
+            "hops = nexthop.NextHops()\n"
+            "for address in (b'\\xe0\\0\\0\\1', b'\\xef\\1\\2\\3'):\n"
+            "    print(hops.resolve(bytes(10) + b'\\xff\\xff' + address).trouble)\n"
+            "print(hops.resolve(b'\\xff\\2' + bytes(13) + b'\\1').trouble)\n"
+        )
+        words = ["unshare", *options, sys.executable, "-I", "-c", code, ROOT]
+        said = subprocess.check_output(words, text=True, timeout=30)
+        assert said.splitlines() == ["it is a multicast address"] * 3
+
+
 def test_an_unchanged_look_is_not_a_change_and_keeps_the_link_header_object(hops):
     hop = hops.resolve(LOCAL4)
     before = hop.l2
