@@ -9,12 +9,19 @@ the targets themselves to these ports are ever swallowed.
 
 import fcntl
 import os
+import struct
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from pycopy.errors import PycopyError, UsageError
 
-_LOCK_DIR = Path("/run/pycopy")
+#: The file of the network namespace itself: everybody in it, and nobody else, has this one.
+_NAMESPACE = "/proc/self/ns/net"
+#: struct flock: type, whence, start, length, process; as the compiler lays it out.
+_FLOCK = struct.Struct("hhqqi0q")
+#: How long another replay may be between looking and taking.
+_TURN_S = 5.0
 
 LOWEST = 10_000
 HIGHEST = 65_535
@@ -62,21 +69,45 @@ def choose_range(wanted: tuple[int, int] | None) -> tuple[int, int]:
 def hold_range(ends: tuple[int, int]) -> int:
     """Keep other replays of this network namespace off the range, until the process ends.
 
-    Byte N of a lock file stands for port N; the kernel gives the lock up with the process.
+    Byte N of the namespace's own file stands for port N: nothing is made in any file system,
+    so a read-only one, or no privilege there, is not in the way, and nothing is left behind.
     Returns the descriptor that holds it. Raises PycopyError if another replay has some of it.
     """
-    _LOCK_DIR.mkdir(mode=0o755, exist_ok=True)
-    namespace = os.stat("/proc/self/ns/net").st_ino
-    lock = os.open(_LOCK_DIR / f"ports-{namespace}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, ends[1] - ends[0] + 1, ends[0])
-    except OSError:
+        # It cannot be opened for writing, so the lock that stays is one for reading, which does
+        # not exclude others: looking and taking are made one by a lock of the whole file.
+        _wait_turn(lock)
+        size = ends[1] - ends[0] + 1
+        wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, ends[0], size, 0)
+        found, *_ = _FLOCK.unpack(fcntl.fcntl(lock, fcntl.F_OFD_GETLK, wanted))
+        if found != fcntl.F_UNLCK:
+            raise PycopyError(
+                f"another replay on this host copies from ports of {ends[0]}-{ends[1]}",
+                "give each a range of its own, such as --ports 10000-19999 and --ports 20000-29999",
+            )
+        mine = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, ends[0], size, 0)
+        fcntl.fcntl(lock, fcntl.F_OFD_SETLK, mine)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    except BaseException:
         os.close(lock)
-        raise PycopyError(
-            f"another replay on this host copies from ports of {ends[0]}-{ends[1]}",
-            "give each a range of its own, such as --ports 10000-19999 and --ports 20000-29999",
-        ) from None
+        raise
     return lock
+
+
+def _wait_turn(lock: int) -> None:
+    until_s = time.monotonic() + _TURN_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until_s:
+                raise PycopyError(
+                    f"another process has held a lock on {_NAMESPACE} for {_TURN_S:.0f} s",
+                    "see which with lslocks, and end it",
+                ) from None
+        time.sleep(0.001)
 
 
 def choose_ports(ends: tuple[int, int], copied: Iterable[int] = ()) -> list[int]:

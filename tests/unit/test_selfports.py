@@ -4,11 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pycopy import selfports
 from pycopy.errors import PycopyError, UsageError
+
+ROOT = Path(selfports.__file__).parents[1]
 
 
 def test_default_range_is_beside_the_ephemeral_one():
@@ -91,3 +94,70 @@ def test_a_range_is_held_until_the_process_ends():
     finally:
         os.close(lock)
     assert other(21_000, 21_999) == "held\n"
+
+
+HOLD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from pycopy import selfports
+try:
+    selfports.hold_range((23_000, 23_999))
+except Exception as error:
+    print(type(error).__name__, flush=True)
+else:
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holders(number, *prefix):
+    """So many processes that want the same range, started at once, and what each has said."""
+    words = [*prefix, sys.executable, "-I", "-c", HOLD, ROOT]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen(words, **pipes) for _ in range(number)]
+    said = [child.stdout.readline().strip() for child in children]
+    for child in children:
+        child.communicate(timeout=20)
+    return sorted(said)
+
+
+def test_of_many_at_once_one_gets_it():
+    for _ in range(3):
+        assert holders(8) == ["PycopyError"] * 7 + ["held"]
+
+
+def test_each_network_namespace_has_ports_of_its_own(root):
+    lock = selfports.hold_range((23_000, 23_999))
+    try:
+        assert holders(1) == ["PycopyError"]
+        assert holders(1, "unshare", "-n") == ["held"]
+        assert holders(1, "setpriv", "--reuid=65534", "--clear-groups") == ["PycopyError"]
+    finally:
+        os.close(lock)
+
+
+#: Fresh directories instead of the host's; if anything is left in them, stderr says what.
+ELSEWHERE = """
+mount --bind "$1" /mnt && shift || exit
+mount -t tmpfs none /run && mount -t tmpfs none /tmp && mount -t tmpfs none /var/tmp || exit
+%s
+before=$(find /run /tmp /var/tmp)
+"$@"
+[ "$(find /run /tmp /var/tmp)" = "$before" ] || find /run /tmp /var/tmp >&2
+"""
+
+
+@pytest.mark.parametrize(
+    "tight", ["", "mount -o remount,ro,bind /; for d in /run /tmp; do mount -o remount,ro $d; done"]
+)
+@pytest.mark.parametrize("user", ["0", "65534"])
+def test_it_needs_no_file_and_leaves_none(root, tight, user):
+    done = subprocess.run(
+        [
+            "unshare", "-m", "sh", "-c", ELSEWHERE % tight, "sh", ROOT,
+            "setpriv", f"--reuid={user}", "--clear-groups", sys.executable, "-I", "-c",
+            HOLD, "/mnt",
+        ],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("held\n", "")
