@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import time
@@ -198,3 +200,142 @@ def test_pid_file_lock_is_what_counts(tmp_path):
         PidFile(str(path))
     mine.remove()
     assert not path.exists()
+
+
+def make(kind, path):
+    """Something that is not ours at ``path``; gives what must still be there."""
+    other = path.with_name("other")
+    if kind == "a directory":
+        path.mkdir()
+    elif kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+    elif kind == "a device":
+        if os.geteuid() != 0:
+            pytest.skip("needs root: sudo ./contrib/setup test")
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    elif kind == "a symbolic link":
+        other.write_text("")
+        path.symlink_to(other)
+    elif kind == "a link to nothing":
+        path.symlink_to(other)
+    else:
+        path.write_text(kind)
+
+    def seen():
+        found = [path.lstat().st_ino, path.lstat().st_mode, other.exists()]
+        return found + [each.read_bytes() for each in (path, other) if each.is_file()]
+
+    return seen
+
+
+@pytest.mark.parametrize("detach", ["", "-d"])
+@pytest.mark.parametrize("mode", ["unfit", "serve"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "a directory", "a FIFO", "a socket", "a device", "a symbolic link", "a link to nothing",
+        "precious\n", "12 34\n", "1234", "1" * 5000,
+    ],
+)  # fmt: skip
+def test_a_pid_file_that_is_none_is_refused_and_left_alone(tmp_path, kind, mode, detach):
+    path = tmp_path / "pid"
+    seen = make(kind, path)
+    before = seen()
+    command = run(mode, tmp_path / "log", path, detach)
+    assert command.returncode == 1
+    cause, cure = command.stderr.splitlines()
+    assert cause.startswith(f"pycopy: error: cannot write the pid file {path}: it ")
+    assert "-P FILE" in cure
+    assert seen() == before
+
+
+@pytest.mark.parametrize("detach", ["", "-d"])
+@pytest.mark.parametrize("text", ["", "4194304\n"])
+def test_a_failed_start_leaves_what_a_crash_had_left(tmp_path, text, detach):
+    path = tmp_path / "pid"
+    path.write_text(text)
+    number = path.stat().st_ino
+    assert run("unfit", tmp_path / "log", path, detach).returncode == 3
+    assert (path.read_text(), path.stat().st_ino) == (text, number)
+
+
+def test_only_the_file_that_was_locked_is_removed(paths):
+    log, pid = paths
+    assert run("serve", log, pid).returncode == 0
+    number = int(pid.read_text())
+    pid.rename(f"{pid}.moved")
+    pid.write_text("another's")
+    os.kill(number, signal.SIGTERM)
+    until(lambda: not Path(f"/proc/{number}/fd/0").exists(), "the end")
+    assert pid.read_text() == "another's"
+    pid.unlink()
+
+
+def test_a_pid_file_without_room_is_not_left(tmp_path):
+    path = tmp_path / "pid"
+    command = run("serve", "/dev/null", path, preexec_fn=no_room)
+    assert command.returncode == 1
+    assert f"cannot write the pid file {path}: File too large" in command.stderr
+    assert not path.exists()
+
+
+def no_room():
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("a directory", "it is a directory"),
+        ("a socket", "it is a socket"),
+        ("a FIFO", "nobody reads from it"),
+    ],
+)
+@pytest.mark.parametrize("detach", ["", "-d"])
+def test_a_log_file_that_is_none_is_refused_at_once(tmp_path, kind, words, detach):
+    path = tmp_path / "log"
+    seen = make(kind, path)
+    before = seen()
+    command = run("serve", path, tmp_path / "pid", detach)
+    assert command.returncode == 1
+    assert command.stderr.splitlines() == [
+        f"pycopy: error: cannot write the log file {path}: {words}",
+        "  name another file with -l FILE",
+    ]
+    assert seen() == before
+    assert not (tmp_path / "pid").exists()
+
+
+def test_a_log_to_a_fifo_with_a_reader_who_does_not_read(paths):
+    log, pid = paths
+    os.mkfifo(log)
+    reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert run("serve", log, pid).returncode == 0
+        number = int(pid.read_text())
+        until(lambda: b"cwd / session True" in os.read(reader, 4096), "a line")
+        os.kill(number, signal.SIGTERM)
+        until(lambda: not pid.exists(), "the end")
+    finally:
+        os.close(reader)
+    end, other = os.pipe()
+    os.set_inheritable(other, True)
+    full = LogFile(f"/proc/self/fd/{other}")
+    for _ in range(100):
+        full.write("x" * 1023 + "\n")  # more than a pipe takes, and nobody waits
+    assert full.write_errors
+    os.close(end)
+    os.close(other)
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/stderr"])
+def test_a_log_to_a_device(path):
+    command = run("late", path, detach="")
+    assert command.returncode == 3
+    times = 2 if path == "/dev/stderr" else 1
+    assert command.stderr.count("it broke later") == times
