@@ -5,9 +5,12 @@ user pass through :func:`main` and look alike: cause, cure, exit status.
 """
 
 import argparse
+import contextlib
 import difflib
 import os
+import socket
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -18,8 +21,8 @@ from pycopy.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_USAGE,
-    PycopyError,
     UsageError,
+    explain,
 )
 
 PLACEMENTS = ("self", "target", "assistant")
@@ -27,28 +30,36 @@ _QUOTE = "quote an expression: -F 'tcp ...'"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command line and give its exit status; never raises what a user can cause."""
+    """Run one command line and give its exit status; never raises what a user, or the host
+    it runs on, can cause."""
     try:
         status = _dispatch(list(argv))
-        sys.stdout.flush()
+        options.tell("")
         return status
-    except PycopyError as error:
-        cure = f"\n  {error.cure}" if error.cure else ""
-        _to_stderr(f"pycopy: error: {error.cause}{cure}\n")
-        return error.exit_status
     except KeyboardInterrupt:
         _to_stderr("pycopy: interrupted\n")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our stdout has gone. Flushing at exit would raise once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return EXIT_FAILED
+        return EXIT_FAILED  # whoever read our stdout has gone
+    except Exception as error:
+        known = explain(error)
+        if known is None:
+            raise
+        cure = f"\n  {known.cure}" if known.cure else ""
+        _to_stderr(f"pycopy: error: {known.cause}{cure}\n")
+        return known.exit_status
 
 
 def script() -> NoReturn:
-    """Entry point of the installed command."""
+    """The whole process; see __main__.py for what comes before."""
     _open_standard_streams()
-    messages.leave(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+    except Exception:
+        status = EXIT_FAILED
+        _to_stderr(traceback.format_exc())
+        _to_stderr("pycopy: this is a bug in pycopy; please report it with the lines above\n")
+    messages.leave(status)
 
 
 def _open_standard_streams() -> None:
@@ -57,11 +68,18 @@ def _open_standard_streams() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: fd
+            _open_nothing()  # the lowest number that is free: fd
     if sys.stdout is None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _open_nothing() -> None:
+    with contextlib.suppress(OSError):
+        os.open(os.devnull, os.O_RDWR)
+        return
+    socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).detach()  # without a peer: as good
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -71,10 +89,10 @@ def _dispatch(argv: list[str]) -> int:
     if argv[0] == "help" and len(argv) > 1:
         argv = [argv[1], "--help"]
     if argv[0] in ("-h", "--help", "help"):
-        print(options.top_help(), end="")
+        options.tell(options.top_help())
         return EXIT_OK
     if argv[0] in ("-v", "--version"):
-        print(f"pycopy {__version__}")
+        options.tell(f"pycopy {__version__}\n")
         return EXIT_OK
     command = _COMMANDS.get(argv[0])
     if command is None:

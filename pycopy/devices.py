@@ -11,11 +11,12 @@ from pycopy.errors import HostUnfit, UsageError
 from pycopy.inet import MAPPED_PREFIX
 
 # linux/sockios.h, if.h, if_arp.h
-_SIOCGIFFLAGS, _SIOCGIFADDR, _SIOCGIFHWADDR = 0x8913, 0x8915, 0x8927
+_SIOCGIFFLAGS, _SIOCGIFADDR, _SIOCGIFHWADDR, _SIOCGIFINDEX = 0x8913, 0x8915, 0x8927, 0x8933
 _IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
 _ARPHRD_ETHER, _ARPHRD_LOOPBACK = 1, 772
 _IPV6_ADDR_LINKLOCAL = "20"
 _IFREQ = struct.Struct("=16sH22x")
+_INDEX = struct.Struct("=16si20x")
 
 
 # linux/rtnetlink.h, if_addr.h
@@ -59,7 +60,8 @@ def local_addresses() -> set[bytes]:
 
 def _device(any_socket: socket.socket, name: str) -> Device:
     try:
-        index = socket.if_nametoindex(name)
+        # Not if_nametoindex(): where it can have no socket it says that there is no device.
+        index: int = _INDEX.unpack(_answer(any_socket, _SIOCGIFINDEX, name))[1]
         kind = _ask(any_socket, _SIOCGIFHWADDR, name)
     except OSError:
         raise UsageError(
@@ -93,6 +95,9 @@ def _has_address(any_socket: socket.socket, name: str) -> bool:
 
 def _ask(any_socket: socket.socket, request: int, name: str) -> int:
     """The first 16 bits of the answer: flags, or an address's family or type."""
-    answer = fcntl.ioctl(any_socket, request, _IFREQ.pack(name.encode(), 0))
-    value: int = _IFREQ.unpack(answer)[1]
+    value: int = _IFREQ.unpack(_answer(any_socket, request, name))[1]
     return value
+
+
+def _answer(any_socket: socket.socket, request: int, name: str) -> bytes:
+    return fcntl.ioctl(any_socket, request, _IFREQ.pack(name.encode(), 0))

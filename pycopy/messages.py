@@ -37,11 +37,22 @@ class _Writer:
                 self._dropped += 1
                 return
             self._texts.append(text)
-            if self._thread is None:
-                # A daemon thread: it never keeps the process alive.
-                self._thread = threading.Thread(target=self._run, name="messages", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
+            if self._thread is not None or self._start():
+                self._changed.notify_all()
+                return
+            self._texts.pop()
+        self._write(text)
+
+    def _start(self) -> bool:
+        """False where no thread can be had: whoever says something waits then, at worst."""
+        # A daemon thread: it never keeps the process alive.
+        thread = threading.Thread(target=self._run, name="messages", daemon=True)
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError):
+            return False
+        self._thread = thread
+        return True
 
     def flush(self, until_s: float) -> bool:
         """Wait until everything is written; False if it is not. Patience is lost only once."""
@@ -56,12 +67,7 @@ class _Writer:
             with self._changed:
                 self._changed.wait_for(lambda: self._texts)
                 text = self._texts[0]
-            # Closed, or its reader has gone: then nobody is listening any more.
-            with contextlib.suppress(OSError, ValueError):
-                stream = getattr(sys, self._stream)
-                if stream is not None:
-                    stream.write(text)
-                    stream.flush()
+            self._write(text)
             with self._changed:
                 self._texts.popleft()
                 dropped, self._dropped = self._dropped, 0
@@ -69,6 +75,14 @@ class _Writer:
                 self._changed.notify_all()
             if dropped:
                 say(f"{dropped} lines were dropped: nobody read {self._stream}")
+
+    def _write(self, text: str) -> None:
+        # Closed, or its reader has gone: then nobody is listening any more.
+        with contextlib.suppress(OSError, ValueError, MemoryError):
+            stream = getattr(sys, self._stream)
+            if stream is not None:
+                stream.write(text)
+                stream.flush()
 
 
 _stdout, _stderr = _Writer("stdout"), _Writer("stderr")
@@ -96,4 +110,11 @@ def leave(status: int) -> NoReturn:
     if not flush():
         # A thread is stuck in write(2) and holds the stream's lock; exit() would wait for that.
         os._exit(status)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            # A full disk, a closed pipe: exit() would fail to write it once more, and say so.
+            os._exit(status)
     sys.exit(status)

@@ -7,12 +7,13 @@ the reason. Only argparse here: no value is judged (config.py), nothing is run (
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from pycopy import __version__
 from pycopy.config import INTERCEPT_PORT, RESPONSE_IDLE_S, SESSION_IDLE_EXTRA_S
-from pycopy.errors import UsageError
+from pycopy.errors import PycopyError, UsageError
 
 COMMANDS = {
     "replay": "copy this host's traffic to a target server (online host)",
@@ -145,6 +146,18 @@ INTERCEPT_REFUSED = {
 }
 
 
+def tell(text: str) -> None:
+    """On stdout, now; a closed pipe (BrokenPipeError) is main()'s."""
+    try:
+        if text:  # /dev/full refuses even nothing
+            print(text, end="")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise PycopyError(f"cannot write to stdout: {error.strerror}", "make room there") from None
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with our errors, ``-x, --copy SPEC`` in help, and 'did you mean'."""
 
@@ -163,8 +176,8 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, f"'{self.prog} --help' has examples")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        # From Python 3.12 on argparse swallows write errors here; a closed pipe is main()'s.
-        print(message, end="", file=file)
+        # From Python 3.12 on argparse swallows write errors here.
+        tell(message)
 
     def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """Options as a namespace and the words that are not options, in any order."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from pycopy import messages
+from pycopy.errors import explain
 from pycopy.frame import BALANCED, FAMILIAR, Snapshot, Value, familiar_line, picture
 
 if TYPE_CHECKING:
@@ -59,8 +60,13 @@ class View:
         else:
             body = self._lines
         # A daemon thread: it never keeps the process alive.
-        self._thread = threading.Thread(target=self._guard, args=(body,), name="view", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._guard, args=(body,), name="view", daemon=True)
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError):
+            messages.say("nothing is shown while it runs: the system starts no further thread")
+            return
+        self._thread = thread
 
     def stop(self) -> None:
         self._stopping.set()
@@ -79,8 +85,13 @@ class View:
 
     def _guard(self, body: Callable[[], None]) -> None:
         # The terminal may be gone: then nobody is looking any more.
-        with contextlib.suppress(OSError, ValueError):
-            body()
+        with contextlib.suppress(OSError, ValueError, MemoryError):
+            try:
+                body()
+            except ImportError as error:
+                missing = explain(error)
+                messages.say(f"no live view: {missing.cause if missing else error}")
+                self._lines()
 
     def _ticks(self, period_s: float) -> Iterator[Snapshot]:
         while not self._stopping.wait(period_s):

@@ -87,6 +87,40 @@ def test_what_was_dropped_is_said_once_somebody_reads():
     assert lines[-1] == f"{5000 - (len(lines) - 1)} lines were dropped: nobody read stderr"
 
 
+def test_without_a_thread_it_is_said_all_the_same():
+    code = (
+        "import sys, threading\n"
+        "from pycopy import messages\n"
+        "from pycopy.view import View\n"
+        "import resource, os\n"
+        "# What a limit on processes does to a user who is not root.\n"
+        "resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))\n"
+        "if os.geteuid() == 0: os.setresuid(65534, 65534, 65534)\n"
+        "view = View(lambda: {'segments': {'captured': 7}})\n"
+        "view.start()\n"
+        "messages.say('last')\n"
+        "view.stop()\n"
+        "assert threading.active_count() == 1\n"
+        "messages.leave(7)\n"
+    )
+    with run(code, stderr=subprocess.PIPE) as child:
+        lines = child.stderr.read().decode().splitlines()
+        assert child.wait(20) == 7
+    assert lines == ["nothing is shown while it runs: the system starts no further thread", "last"]
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_full_disk_does_not_change_the_status(stream):
+    code = (
+        "import sys\n"
+        "from pycopy import messages\n"
+        "messages.put('x\\n', to_stdout=sys.argv[1] == 'stdout')\n"
+        "messages.leave(7)\n"
+    )
+    with open("/dev/full", "wb") as full, run(code, stream, **{stream: full}) as child:
+        assert child.wait(20) == 7
+
+
 def test_in_order_and_flushed(capsys):
     for number in range(100):
         messages.say(f"line {number}")
