@@ -10,7 +10,6 @@ import json
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Any, ClassVar
 
 from pycopy.errors import PycopyError
 
-from .topology import DEVICE, Lab
+from .topology import DEVICE, Lab, python
 
 READY_S = 30.0
 STOP_S = 60.0
@@ -55,7 +54,7 @@ class Program:
         with (self._dir / "out").open("wb") as out, (self._dir / "err").open("wb") as err:
             self.process = self.lab.popen(
                 self.role,
-                [sys.executable, "-m", "pycopy", *self.arguments],
+                python("pycopy", *self.arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -222,7 +221,7 @@ class LoadRun:
         self._out = lab.state_dir / f"load-{number}"
         self._err: Path = lab.state_dir / f"load-{number}.err"
         sources = ",".join(lab.addresses("client", family))
-        command = [sys.executable, "-m", "pycopy.lab.load", "--source", sources]
+        command = python("pycopy.lab.load", "--source", sources)
         command += ["--host", lab.address(role, family), "--port", str(port), *arguments]
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = lab.popen(

@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ from typing import Self
 from pycopy.errors import HostUnfit, PycopyError
 
 from .content import content
-from .topology import Lab
+from .topology import Lab, python
 
 READY_S = 15.0
 
@@ -204,7 +203,7 @@ class Exact(Server):
         self, lab: Lab, role: str, port: int, protocol: str = "http", delay_s: float = 0
     ) -> None:
         super().__init__(lab, role, port)
-        self.command = [sys.executable, "-m", "pycopy.lab.exact", "--port", str(port)]
+        self.command = python("pycopy.lab.exact", "--port", str(port))
         self.command += ["--protocol", protocol, "--log", str(self.dir / "access.log")]
         self.command += ["--delay", str(delay_s)]
 

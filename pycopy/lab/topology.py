@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, Self
@@ -407,7 +408,13 @@ def environment() -> dict[str, str]:
     """The environment of lab processes: this very pycopy, from a checkout or installed."""
     env = dict(os.environ)
     package_parent = str(Path(__file__).resolve().parents[2])
-    env["PYTHONPATH"] = os.pathsep.join(
-        part for part in (package_parent, env.get("PYTHONPATH", "")) if part
-    )
+    # An empty part, as a relative one, is the current directory to Python: left out.
+    others = env.get("PYTHONPATH", "").split(os.pathsep)
+    env["PYTHONPATH"] = os.pathsep.join([package_parent, *filter(os.path.isabs, others)])
     return env
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of ours, in :func:`environment`: nothing is imported from
+    the current directory, whatever lies there."""
+    return [sys.executable, "-P", "-m", module, *arguments]
