@@ -50,9 +50,7 @@ class Answers(Protocol):
     def may_stay_in_kernel(self) -> str:
         """Why the kernel cannot keep sessions here; empty: it can."""
 
-    def start(
-        self, table: Table, fastpath: FastPath | None, transport: Transport
-    ) -> None: ...
+    def start(self, table: Table, fastpath: FastPath | None, transport: Transport) -> None: ...
 
     def catch_up(self) -> None:
         """Everything is loaded, which may have taken its time: be ready when this returns."""
@@ -100,7 +98,8 @@ class OwnAnswers:
         """Ports of a range that is ours alone."""
         self._ports = selfports.choose_range(self._config.self_ports)
         selfports.hold_range(self._ports)
-        self._usable = selfports.choose_ports(self._ports)
+        copied = {service.online_port for service in self._config.services}
+        self._usable = selfports.choose_ports(self._ports, copied)
         # The kernel, which opens sessions as well, takes them in turn from the first one on.
         half_way = len(self._usable) // 2
         return SelfPorts(self._usable, lambda target: self._hops.resolve(target).source, half_way)
@@ -136,7 +135,7 @@ class OwnAnswers:
 
     def _cover_ways_out(self) -> None:
         """The devices towards the targets count among them even without an address."""
-        hops = [self._hops.resolve(addr) for addr, _ in self._targets]
+        hops = [self._hops.resolve(addr) for addr in dict.fromkeys(a for a, _ in self._targets)]
         self._cover(find_devices(sorted({hop.ifname for hop in hops if hop.usable})))
 
     def on_hop_change(self) -> None:

@@ -66,7 +66,7 @@ SHAPES: dict[str, Shape] = {
     "slots": Shape(link.STACK, 0, 4),
     "lingering": Shape(link.QUEUE, 0, abi.LINGERING.size),
     "pending": Shape(link.ARRAY, 4, abi.PENDING_SLOTS),
-    "log": Shape(link.ARRAY, 4, 0, flags=link.MMAPABLE),  # of so many bytes as the host has room for
+    "log": Shape(link.ARRAY, 4, 0, flags=link.MMAPABLE),  # its values as large as there is room
     "hops": Shape(link.ARRAY, 4, abi.HOP.size),
     "config": Shape(link.ARRAY, 4, abi.FAST_CONFIG.size),
     "fast_counts": Shape(link.PERCPU_ARRAY, 4, 8 * abi.FAST_COUNTS),

@@ -96,7 +96,7 @@ class ChannelAnswers:
         for version in (4, 6):
             if sum(network.version == version for network in pool) > POOL_NETWORKS:
                 return f"-c has more than {POOL_NETWORKS} networks of IPv{version}"
-        for addr, _ in self._targets:
+        for addr in dict.fromkeys(addr for addr, _ in self._targets):
             if any(unmap_address(addr) in network for network in pool):
                 return f"the target {unmap_address(addr)} is itself one of -c"
         if not self._families():

@@ -54,9 +54,7 @@ def _object(bcc: Any, each: dict[str, Any]) -> dict[str, Any]:
     programs = {name: _code(bcc, module, name) for name in each["programs"]}
     return {
         "license": bcc.lib.bpf_module_license(module.module).decode(),
-        "programs": {
-            name: base64.b64encode(code).decode() for name, code in programs.items()
-        },
+        "programs": {name: base64.b64encode(code).decode() for name, code in programs.items()},
     }
 
 

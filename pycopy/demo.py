@@ -37,6 +37,7 @@ class Row:
     target: int = 0
     lost: int = 0
     surplus: int = 0
+    kernel_percent: float = 0.0
     balanced: bool = False
     seconds: float = 0.0
     problem: str = ""
@@ -55,12 +56,17 @@ class Row:
             f"{self.online:,}",
             f"{self.target:,}",
             lost,
+            f"{self.kernel_percent:.1f} %",
             "yes" if self.balanced else "NO",
             f"{self.seconds:.1f}",
         )
 
 
-HEADINGS = ("placement", "family", "online", "at target", "lost", "ledger balanced", "seconds")
+HEADINGS = (
+    "placement", "family", "online", "at target", "lost", "in kernel", "ledger balanced", "seconds",
+)  # fmt: skip
+#: Less than that of healthy traffic, and something is wrong with the fast path.
+KERNEL_PERCENT = 95
 
 
 def run(
@@ -133,7 +139,12 @@ def _copy(
             _follow(load, lambda: target.count() - before, requests)
             result = load.result()
             wait_settled(lambda: target.count() - before, requests)
-            row.balanced = copying.stop().balanced
+            outcome = copying.stop()
+        row.balanced, row.kernel_percent = outcome.balanced, outcome.kernel_percent
+        if outcome.fastpath != "on":
+            row.problem = f"the fast path was {outcome.fastpath}"
+        elif row.kernel_percent < KERNEL_PERCENT:
+            row.problem = f"only {row.kernel_percent} % of the segments stayed in the kernel"
         if not result["ok"]:
             row.problem = f"the online service failed: {result['errors']}"
     except HostUnfit:

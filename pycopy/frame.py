@@ -20,7 +20,7 @@ _FAMILIAR_FIRST = ("all clt", "syn cnt", "conns", "resp", "send", "active")
 _LINE_COLUMNS = 124
 
 _TROUBLE_PREFIXES = ("dropped_", "refused_", "lost_", "error_")
-_RING_FULL = "ring_full"
+_RING_FULL, _LAPSED = "ring_full", "lapsed"
 
 #: Label, section and counter of what is shown with its rate, and of what is a number now.
 _RATES = (
@@ -104,12 +104,24 @@ def picture(
     ]
     if gauges:
         lines.append((", ".join(gauges), ""))
+    if "fastpath" in now:
+        lines.append(_carrier(now["fastpath"]))
     lines += _rest(now, columns, rows - len(lines) - 1)
     return [(text[:columns], style) for text, style in lines[:rows]]
 
 
+def _carrier(section: Mapping[str, Value]) -> Line:
+    """Who does the work; the whole cause where it is not the kernel."""
+    state = " ".join(str(section.get("state", "")).split())
+    share = section.get("kernel_percent")
+    text = f"fast path {state}"
+    return (f"{text}, {share} % of all segments so far" if share else text), (
+        "" if state == "on" else "yellow"
+    )
+
+
 def _is_trouble(key: str) -> bool:
-    return key == _RING_FULL or key.startswith(_TROUBLE_PREFIXES)
+    return key in (_RING_FULL, _LAPSED) or key.startswith(_TROUBLE_PREFIXES)
 
 
 def _title(title: str, elapsed_s: float, columns: int) -> str:

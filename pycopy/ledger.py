@@ -163,7 +163,8 @@ class Ledger:
         dropped = sum(
             fates[fate] for fate in Fate if fate.name.startswith(("DROPPED_", "REFUSED_"))
         )
-        return dropped + self.kernel_capture[CaptureCount.RING_FULL]
+        kernel = self.kernel_capture
+        return dropped + kernel[CaptureCount.RING_FULL] + kernel[CaptureCount.LAPSED]
 
     def snapshot(self) -> dict[str, dict[str, int | float | str]]:
         """Sections of named numbers, for the view, the summary and --json."""

@@ -18,7 +18,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -65,9 +64,7 @@ class Object(NamedTuple):
     programs: Mapping[str, bytes]
 
 
-def name_of(
-    role: str, *, xdp: bool = False, l2_bytes: int = 14, fastpath: bool = False
-) -> str:
+def name_of(role: str, *, xdp: bool = False, l2_bytes: int = 14, fastpath: bool = False) -> str:
     """The object of a role (capture, intercept, self, progress, fastpath) in the catalogue."""
     words = [role, "xdp" if xdp else "tc", "ether" if l2_bytes else "ip"]
     return "-".join([*words, "fast"] if fastpath else words)
@@ -152,7 +149,8 @@ def read(directory: Path, name: str) -> Object:
     except OSError as error:
         raise PycopyError(f"the BPF object {name} cannot be read: {error.strerror}", cure) from None
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise PycopyError(f"the BPF object {name} is not among those in {directory}", cure) from None
+        text = f"the BPF object {name} is not among those in {directory}"
+        raise PycopyError(text, cure) from None
     if hashlib.sha256(code).hexdigest() != digest or sum(size for _, size in sizes) != len(code):
         raise PycopyError(f"the BPF object {name} in {directory} is damaged", cure)
     programs, at = {}, 0
@@ -222,7 +220,8 @@ def _request(name: str) -> dict[str, Any]:
 
 def _ask_child(name: str, request: dict[str, Any]) -> dict[str, Any]:
     ours, theirs = socket.socketpair()
-    with ours, tempfile.TemporaryFile() as output:
+    # In memory: it may be a host without a place for files.
+    with ours, os.fdopen(os.memfd_create("compiler"), "w+b") as output:
         with theirs:
             child = subprocess.Popen(
                 [_interpreter(), "-P", "-m", "pycopy.compiler", str(theirs.fileno())],
@@ -352,9 +351,7 @@ def link_code(
         elif operation == _CALL and not source and constant == abi.LINK_FILTER:
             if filter_code:
                 calls_filter = True
-                _INSTRUCTION.pack_into(
-                    linked, at, _CALL, _PSEUDO_CALL << 4, 0, end - (index + 1)
-                )
+                _INSTRUCTION.pack_into(linked, at, _CALL, _PSEUDO_CALL << 4, 0, end - (index + 1))
             else:
                 _INSTRUCTION.pack_into(linked, at, _MOVE, 0, 0, 1)
     return bytes(linked) + filter_code if calls_filter else bytes(linked)

@@ -431,15 +431,15 @@ touches nothing that is not pycopy's, and nothing that a running pycopy uses.
 
 def bpf_parser() -> Parser:
     about = """\
-pycopy ships its BPF programs compiled, the same for everybody; a host that runs
-them needs no compiler.
+pycopy ships its BPF programs compiled, the same for everybody; a host that
+runs them needs no compiler.
 
 actions:
   list     what there is, by which compiler, with digests
-  verify   compile the sources again (needs python3-bpfcc) and compare the bytes
+  verify   compile the sources again (with python3-bpfcc), compare the bytes
   load     load each into this kernel and take it out again: what its verifier
            says, and through how many instructions it goes (root)
-  build    make them anew (needs python3-bpfcc)
+  build    make them anew (with python3-bpfcc)
 """
     usage = "pycopy bpf [--output DIR] ACTION [OBJECT ...]"
     parser = Parser("bpf", usage, about, _EXITS)

@@ -22,7 +22,7 @@ from pycopy.channelanswers import ChannelAnswers
 from pycopy.config import ReplayConfig, describe, describe_endpoints
 from pycopy.devices import find_devices
 from pycopy.egress import Egress
-from pycopy.errors import EXIT_FAILED, EXIT_OK, PeerError, PycopyError, UsageError
+from pycopy.errors import EXIT_FAILED, EXIT_OK, PeerError, PycopyError, UsageError, explain
 from pycopy.fastpath.driver import FastPath
 from pycopy.heartbeat import Heartbeat
 from pycopy.ledger import Count, Fate, Ledger
@@ -143,10 +143,8 @@ class Replay:
                 return
             except (UsageError, PeerError):
                 raise  # nothing that would go better without
-            except PycopyError as error:
-                why = str(error)
-            except OSError as error:
-                why = f"{type(error).__name__}: {error}"
+            except (PycopyError, OSError) as error:
+                why = str(explain(error) or error)
             self._undo_attach()
         self.ledger.fastpath = {"state": f"off: {why}"}
         self._attach_with(None, transport)

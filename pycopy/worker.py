@@ -20,7 +20,7 @@ from typing import NoReturn
 from pycopy import messages
 from pycopy.abi import Segment
 from pycopy.config import ReplayConfig
-from pycopy.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, PycopyError
+from pycopy.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, PycopyError, explain
 from pycopy.frame import Value
 from pycopy.loop import READ
 from pycopy.replay import Replay
@@ -136,9 +136,12 @@ def work(config: ReplayConfig, sock: socket.socket, master: int) -> NoReturn:
         status = error.exit_status
         line.error(error)
     except BaseException as error:
-        text = "".join(traceback.format_exception(error))
-        line.tell(words=text[-_TEXT_CHARACTERS:])
-        line.error(PycopyError(f"worker {config.worker + 1} failed: {error!r}"))
+        known = explain(error)
+        if known is None:
+            text = "".join(traceback.format_exception(error))
+            line.tell(words=text[-_TEXT_CHARACTERS:])
+            known = PycopyError(f"worker {config.worker + 1} failed: {error!r}")
+        line.error(known)
     finally:
         # Not by exit(): what the master has open and registered is the master's to end.
         try:

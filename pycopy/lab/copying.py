@@ -127,6 +127,18 @@ class Outcome:
         results = [*self.replays, *self.intercepts]
         return bool(results) and all(result.get("balanced") is True for result in results)
 
+    @property
+    def fastpath(self) -> str:
+        """ "on" where every replay's fast path was; else why one's was not."""
+        states = [result["ledger"].get("fastpath", {}).get("state", "?") for result in self.replays]
+        return next((state for state in states if state != "on"), "on")
+
+    @property
+    def kernel_percent(self) -> float:
+        """Share of all segments that never left the kernel; the lowest of all replays."""
+        sections = [result["ledger"].get("fastpath", {}) for result in self.replays]
+        return min((float(each.get("kernel_percent", 0)) for each in sections), default=0.0)
+
 
 class Copying:
     """Copy services of the online hosts to the target, in one placement and family.

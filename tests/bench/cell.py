@@ -220,6 +220,9 @@ def _account(cell: Cell, running: Running, online: Service, target: Service) -> 
         for name, count in ledger.get("ledger", {}).get("segments", {}).items():
             if count and name.startswith(("dropped_", "refused_", "lost_")):
                 cell.fates[name] = cell.fates.get(name, 0) + count
+    for section in sections:
+        if section and section.get("state", "on") not in ("on", "off: --no-fastpath"):
+            cell.problems.append(f"fast path {section['state']}")
     counts = [section for section in sections if section and "kernel_segments" in section]
     if counts:
         cell.kernel_segments = sum(section["kernel_segments"] for section in counts)

@@ -46,9 +46,7 @@ def _load(bcc, module, name, xdp):
     try:
         function = module.load_func(name, bcc.BPF.XDP if xdp else bcc.BPF.SCHED_CLS)
         names = _map_names(bcc, module)
-        fds = {
-            each: os.dup(bcc.lib.bpf_table_fd(module.module, each.encode())) for each in names
-        }
+        fds = {each: os.dup(bcc.lib.bpf_table_fd(module.module, each.encode())) for each in names}
         return Loaded(name, xdp, os.dup(function.fd), fds)
     finally:
         module.cleanup()

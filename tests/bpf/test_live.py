@@ -368,7 +368,9 @@ def test_swallowed_on_the_wire(hosts, side, family):
     listener, port = listening(hosts, family)
     # TC_ACT_STOLEN would be "next program" to a TCX link; a redirect to no device is not.
     hook = "xdp" if "xdp" in side else "tc"
-    program = Intercept(hook, expression=f"tcp src port {port}", redirect_away=side.startswith("target"))
+    program = Intercept(
+        hook, expression=f"tcp src port {port}", redirect_away=side.startswith("target")
+    )
     if side.startswith("target"):
         attachment = attach(program.module, "srv", Hook.TC_EGRESS)
     else:

@@ -144,6 +144,8 @@ class Scenario:
     """
 
     only_spoken = False
+    #: The fast path is off for a while, or for good, and that is what is tested.
+    without_fastpath = False
 
     def __init__(
         self, lab, placement, family, *, servers=((80, "nginx"),), online=("online",),
@@ -213,6 +215,16 @@ class Scenario:
         assert result["requests"] == requests
         return result
 
+    @property
+    def expects_fastpath(self):
+        """What is typed leaves the healthy sessions to the kernel."""
+        words = [word for program in self.copying.programs for word in program.arguments]
+        without = {"--no-fastpath", "--hook", "-r", "-g", "--sample", "--ramp"}
+        elsewhere = bool(self.copying.intercepts)
+        shared = elsewhere and len(self.copying.replays) > 1 and "-c" not in words
+        spread = elsewhere and "--workers" in words
+        return not (without.intersection(words) or shared or spread or self.without_fastpath)
+
     def asked(self):
         return self._served(self.online)
 
@@ -255,6 +267,8 @@ class Scenario:
         if not resets:
             assert self._resets_online() == self._own_resets, "a response strayed\n" + summary
         assert outcome.balanced, summary
+        if self.expects_fastpath:
+            assert outcome.fastpath == "on", summary
         assert attached(self.lab) == []
         return outcome
 

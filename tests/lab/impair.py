@@ -20,7 +20,8 @@ from pathlib import Path
 
 from pycopy.lab.copying import Placement
 from pycopy.lab.topology import DEVICE, SWITCH
-from pycopy.loader import Hook, attach, load
+from pycopy.loader import Hook, attach
+from tests.bpf.sources import load
 
 SOURCE = Path(__file__).with_name("impair.c")
 COUNTS = ("matched", "dropped", "duplicated", "held")
@@ -52,7 +53,7 @@ class Impairment:
         hold_s=0.004, verdict=DROP, skip=0, budget=UNLIMITED, seed=10,
         protocol=socket.IPPROTO_TCP,
     ):  # fmt: skip
-        self._module = _idle.pop() if _idle else load(str(SOURCE), defines={"PYCOPY_HOOK_XDP": 0})
+        self._module = _idle.pop() if _idle else load(SOURCE)
         maps = self._module.maps
         self._attachment = self._holder = None
         try:

@@ -22,10 +22,12 @@ def test_every_placement_in_one_table():
     assert result.returncode == 0, result.stderr
     heading, *rows = result.stdout.splitlines()
     assert heading.split() == " ".join(demo.HEADINGS).split()
-    assert [row.split()[:6] for row in rows] == [
+    cells = [row.split() for row in rows]
+    assert [[*row[:5], row[7]] for row in cells] == [
         [placement, "IPv4", "211", "211", "0", "yes"]
         for placement in ("self", "target", "assistant")
     ]
+    assert all(float(row[5]) >= demo.KERNEL_PERCENT for row in cells)
     assert "0 lost" in result.stderr
     said = result.stderr.splitlines()
     # All that is needed to do the same by hand, in order.

@@ -89,7 +89,7 @@ def test_without_it_every_segment_is_user_spaces(start):
     run = start(4, "--no-fastpath")
     run.load(211, 23, rate=1000)
     ledger = sections(run.finish())
-    assert "fastpath" not in ledger and ledger["kernel"]["kept"] == 0
+    assert ledger["fastpath"] == {"state": "off: --no-fastpath"} and ledger["kernel"]["kept"] == 0
 
 
 # -- bad networks -------------------------------------------------------------------------------

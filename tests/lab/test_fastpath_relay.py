@@ -159,6 +159,7 @@ def test_a_firewall_from_the_start(scenario, lab, placement, family):
         run.load(1_009, 101, short=31)
         run.settle()
         run.copying.stop()
+    run.without_fastpath = True
     outcome = run.finish(settle=False)
     assert relayed(outcome) == 0
     assert outcome.replays[0]["ledger"]["kernel_intercept"]["matched"] == 0
@@ -294,5 +295,5 @@ def test_without(scenario, placement):
     run.load(503, 53, short=31)
     outcome = run.finish()
     assert relayed(outcome) == 0
-    assert "fastpath" not in outcome.replays[0]["ledger"]
-    assert "fast path" not in said(run)
+    assert outcome.replays[0]["ledger"]["fastpath"] == {"state": "off: --no-fastpath"}
+    assert OFF not in said(run) and ON not in said(run)

@@ -196,12 +196,12 @@ def test_no_fastpath_is_an_option_of_replay():
 
 def test_where_no_response_reaches_the_kernel_it_has_no_session(make):
     path = make()
-    path.set_relayed(False)
+    path.set_relayed("nothing arrives")
     path.after_turn(lambda: False)
     assert path.kernel.accepts == frozenset()
     assert {call[1] for call in path.kernel.told if call[0] == "set_closed"} == {True}
     path.kernel.told.clear()
-    path.set_relayed(True)
+    path.set_relayed("")
     assert path.kernel.accepts == {4, 6}
     assert not path.kernel.told  # a SYN may be unread
     path.after_turn(lambda: False)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pycopy import abi, link
+from pycopy import abi, bpfmaps, link, objects
+from pycopy.abi import Constant
 from pycopy.fastpath import maps as maps_module
 from pycopy.fastpath.maps import LOG_MIN_BYTES, LOG_TOTAL_BYTES, SLOTS_MAX, Maps, log_bytes
 
@@ -31,21 +32,22 @@ def test_sizes(few):
     sizes = {name: each.max_entries for name, each in few.by_name.items()}
     assert few.slots == sizes["sessions"] == sizes["slots"] == 100
     assert sizes["flows"] > 200 + maps_module.DISOWNED_MAX and sizes["targets"] == 300
-    assert sizes["pending"] == 2  # words of 64 sessions
+    assert sizes["pending"] == 2  # of 64 sessions each
     assert sizes["hops"] == sizes["next_port"] == 3
     assert sizes["log"] == few.cpus == link.possible_cpus()
     assert len(few.log) >= few.log_at(few.cpus - 1) + few.log_value_bytes
     values = {name: each.value_bytes for name, each in few.by_name.items()}
     assert values["sessions"] == abi.KERNEL_SESSION.size
-    assert values["counts"] == 8 * abi.FAST_COUNTS
+    assert values["fast_counts"] == 8 * abi.FAST_COUNTS
 
 
 def test_programs_are_told_of_every_map(few):
-    told = few.defines()
-    assert told["PYCOPY_SLOTS"] == 100 and told["PYCOPY_LOG_BYTES"] == few.log_bytes
-    for name, each in few.by_name.items():
-        assert told[f"PYCOPY_MAP_{name.upper()}"] == each.fd
-    assert sorted(few.fds) == sorted(each.fd for each in few.by_name.values())
+    told = few.constants
+    assert told[Constant.SLOTS] == 100 and told[Constant.LOG_MASK] == few.log_bytes - 1
+    assert dict(few.given) == {name: each.fd for name, each in few.by_name.items()}
+    # All that the programs of the fast path use, but for what each has of its own.
+    used = objects.map_numbers(objects.find("fastpath-tc-ether-fast").programs.values())
+    assert {bpfmaps.NUMBERS[name] for name in few.given} >= used - {bpfmaps.NUMBERS["cursors"]}
 
 
 def test_slots_are_bounded(root, monkeypatch):
@@ -59,5 +61,5 @@ def test_slots_are_bounded(root, monkeypatch):
 
 def test_closing_twice_is_no_harm(few):
     few.close()
-    assert few.fds == []
+    assert not few.given
     few.close()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pycopy.abi import InterceptCount
 from pycopy.frame import familiar_line, picture, troubles
 from pycopy.ledger import Count, Fate, Ledger
 
@@ -48,7 +49,7 @@ def test_a_full_ring_is_one_trouble_and_each_ring_has_its_own():
     ledger = a_ledger()
     ledger.kernel_capture[8] = 5
     assert [each.key for each in troubles(ledger.snapshot())] == ["ring_full"]
-    ledger.kernel_intercept = [0] * 10
+    ledger.kernel_intercept = [0] * len(InterceptCount)
     ledger.kernel_intercept[6] = 9
     wrong = troubles(ledger.snapshot())
     assert [each.name(wrong) for each in wrong] == [

@@ -96,9 +96,9 @@ def test_an_outcome_balances_only_if_every_program_says_so():
 
 
 def test_a_row_is_good_only_with_everything_at_the_target():
-    row = demo.Row("self", 4, online=7, target=7, balanced=True, seconds=1.0)
+    row = demo.Row("self", 4, 7, 7, kernel_percent=99.96, balanced=True, seconds=1.0)
     assert row.good
-    assert row.cells() == ("self", "IPv4", "7", "7", "0", "yes", "1.0")
+    assert row.cells() == ("self", "IPv4", "7", "7", "0", "100.0 %", "yes", "1.0")
     for spoilt in (
         {"lost": 1}, {"surplus": 1}, {"balanced": False}, {"problem": "no ready line"},
         {"online": 0, "target": 0},
