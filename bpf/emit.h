@@ -30,7 +30,7 @@ struct pycopy_work {
 	struct pycopy_reply reply;
 	struct pycopy_flow flow;
 	struct pycopy_key key;
-	__u32 pad;
+	__u32 payload_bytes; /* of the held segment's frame that is to be sent */
 	struct pycopy_log_record record;
 	__u8 saved[PYCOPY_HEADERS_BYTES + 14];
 	__u8 fresh[PYCOPY_HEADERS_BYTES + 14];
@@ -179,18 +179,41 @@ static __always_inline long pycopy_clone_as(PYCOPY_CTX *ctx, struct pycopy_work 
 	return failed;
 }
 
-/* The packet at hand becomes the segment `work->reply`, with `payload` bytes, at least one,
- * out of the log (`from` is null: none).  Zero: it is ready to be redirected.
+/* Sum of the frame's payload in the log, in memory order; there are zeros behind it.  By itself,
+ * before the ways part by family and options: the verifier would go through the loop on each.
+ */
+static __always_inline u16 pycopy_sum_payload(struct pycopy_work *work, void *from)
+{
+	u64 payload = PYCOPY_FRESH(work->payload_bytes);
+	u32 sum = 0;
+
+#pragma clang loop unroll(disable)
+	for (u64 done = 0; done < PYCOPY_RELEASE_BYTES; done += PYCOPY_SUM_BYTES) {
+		u64 bytes = (payload - done + 3) & ~3ULL;
+
+		if (done >= payload)
+			break;
+		PYCOPY_PIN(bytes);
+		if (bytes > PYCOPY_SUM_BYTES)
+			bytes = PYCOPY_SUM_BYTES;
+		sum = bpf_csum_diff(0, 0, from + done, bytes, sum);
+	}
+	return pycopy_fold(sum);
+}
+
+/* The packet at hand becomes the segment `work->reply`, with the frame's payload out of
+ * the log, at least one byte, whose sum is `payload_sum` (`from` is null: none).  Zero: it is ready to be redirected.
  */
 static __always_inline long pycopy_become(PYCOPY_CTX *ctx, struct pycopy_work *work,
 					  const struct pycopy_key *key, const struct pycopy_hop *hop,
 					  const struct pycopy_fast_config *config,
-					  const u32 ip_bytes, void *from, u64 payload)
+					  const u32 ip_bytes, void *from, u16 payload_sum)
 {
 	const u32 tcp_at = PYCOPY_L2_BYTES + ip_bytes;
 	const u32 addresses_at = PYCOPY_L2_BYTES + (ip_bytes == 20 ? 12 : 8);
 	const u32 timestamps = work->reply.options & PYCOPY_OPT_TIMESTAMPS;
 	u64 header_bytes = timestamps ? 32 : 20;
+	u64 payload = from ? PYCOPY_FRESH(work->payload_bytes) : 0;
 	u8 *fresh = work->fresh;
 	u32 pseudo, total;
 
@@ -209,20 +232,6 @@ static __always_inline long pycopy_become(PYCOPY_CTX *ctx, struct pycopy_work *w
 			   : pycopy_sum(fresh + tcp_at, 20, pseudo);
 	/* Else clang asks `payload` instead, of which the verifier knows less. */
 	PYCOPY_PIN(from);
-	if (from) {
-#pragma clang loop unroll(disable)
-		for (u64 done = 0; done < PYCOPY_RELEASE_BYTES; done += PYCOPY_SUM_BYTES) {
-			/* Whole words, or there are zeros behind the payload. */
-			u64 bytes = (payload - done + 3) & ~3ULL;
-
-			if (done >= payload)
-				break;
-			PYCOPY_PIN(bytes);
-			if (bytes > PYCOPY_SUM_BYTES)
-				bytes = PYCOPY_SUM_BYTES;
-			total = bpf_csum_diff(0, 0, from + done, bytes, total);
-		}
-	}
 	if (bpf_skb_change_tail(ctx, tcp_at + header_bytes + payload, 0))
 		return -1;
 	/* As if it were partial; then the rest, which is left out where it is. */
@@ -233,7 +242,8 @@ static __always_inline long pycopy_become(PYCOPY_CTX *ctx, struct pycopy_work *w
 		     bpf_skb_store_bytes(ctx, tcp_at + header_bytes, from, payload, 0)))
 		return -1;
 	return bpf_l4_csum_replace(ctx, tcp_at + 16, 0,
-				   (u32)pycopy_fold((u64)pycopy_fold(total) + pseudo), 0);
+				   (u32)pycopy_fold((u64)pycopy_fold(total) + payload_sum + pseudo),
+				   0);
 }
 
 #endif

@@ -16,8 +16,8 @@
 /* Groups of sessions without anything pending that one step passes over; of a sweep, slots that
  * are not the kernel's.
  */
-#define PYCOPY_EMPTY_GROUPS 64
-#define PYCOPY_EMPTY_SLOTS  64
+#define PYCOPY_EMPTY_GROUPS 16
+#define PYCOPY_EMPTY_SLOTS  32
 
 static __always_inline void pycopy_call_attention(const struct pycopy_flow *flow)
 {
@@ -30,39 +30,27 @@ static __always_inline void pycopy_call_attention(const struct pycopy_flow *flow
 /* pycopy_next_slot() of a sweep: whatever session the kernel has. */
 static __always_inline u32 pycopy_next_kept(u32 *at)
 {
-	u32 slot = *at;
-
 #pragma clang loop unroll(disable)
 	for (u64 i = 0; i < PYCOPY_EMPTY_SLOTS; i++) {
+		u32 slot = PYCOPY_FRESH(*at);
 		struct pycopy_session *s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &slot);
 
 		PYCOPY_PIN(i);
 		if (!s)
 			break;
-		if (s->owner == PYCOPY_KERNEL || s->owner == PYCOPY_LEAVING) {
-			*at = slot + 1;
+		*at = slot + 1;
+		if (s->owner == PYCOPY_KERNEL || s->owner == PYCOPY_LEAVING)
 			return slot;
-		}
-		slot++;
 	}
-	*at = slot;
 	return PYCOPY_NO_SLOT;
 }
 
-/* Which byte of a word is the first that is not zero. */
+/* Which byte of a word, each 0 or 1, is the first that is not 0.  Without a branch: the lowest
+ * bit moves the byte's number to the top.
+ */
 static __always_inline u32 pycopy_lowest_byte(u64 word)
 {
-	u32 byte = 0;
-
-	if (!(word & 0xffffffff)) {
-		word >>= 32;
-		byte = 4;
-	}
-	if (!(word & 0xffff)) {
-		word >>= 16;
-		byte += 2;
-	}
-	return word & 0xff ? byte : byte + 1;
+	return ((word & -word) * 0x0001020304050607ULL) >> 56;
 }
 
 /* The next slot from *at on to look at, or PYCOPY_NO_SLOT: none within this step, and
@@ -70,36 +58,36 @@ static __always_inline u32 pycopy_lowest_byte(u64 word)
  */
 static __always_inline u32 pycopy_next_slot(u32 *at, int all)
 {
-	struct pycopy_pending *pending;
-	u32 slot = *at, group, byte;
-	u64 bits;
-
 	if (all)
 		return pycopy_next_kept(at);
 #pragma clang loop unroll(disable)
 	for (u64 i = 0; i < PYCOPY_EMPTY_GROUPS; i++) {
+		u32 slot = PYCOPY_FRESH(*at), group = slot / PYCOPY_PENDING_SLOTS;
+		struct pycopy_pending *pending = pycopy_lookup(PYCOPY_MAP_PENDING, &group);
+		u32 first = slot % PYCOPY_PENDING_SLOTS;
+
 		PYCOPY_PIN(i);
-		group = slot / PYCOPY_PENDING_SLOTS;
-		pending = pycopy_lookup(PYCOPY_MAP_PENDING, &group);
 		if (!pending)
 			break;
 		/* A word at a time, from the slot at hand on. */
 		for (int word = 0; word < PYCOPY_PENDING_SLOTS / 8; word++) {
-			if (slot % PYCOPY_PENDING_SLOTS >= 8 * (word + 1))
+			u64 bits = pending->words[word];
+
+			if (first >= 8 * (word + 1))
 				continue;
-			bits = pending->words[word];
-			bits &= ~0ULL << (8 * (slot & 7));
+			if (first > 8 * word)
+				bits &= ~0ULL << (8 * (first & 7));
 			if (bits) {
-				byte = pycopy_lowest_byte(bits);
+				u32 byte = pycopy_lowest_byte(bits);
+
 				((u8 *)&pending->words[word])[byte & 7] = 0;
 				slot = group * PYCOPY_PENDING_SLOTS + 8 * word + byte;
 				*at = slot + 1;
 				return slot;
 			}
-			slot = group * PYCOPY_PENDING_SLOTS + 8 * (word + 1);
 		}
+		*at = (group + 1) * PYCOPY_PENDING_SLOTS;
 	}
-	*at = slot;
 	return PYCOPY_NO_SLOT;
 }
 
@@ -274,7 +262,8 @@ int pycopy_timer(struct __sk_buff *ctx)
 		ctx->mark = mark | seen;
 		return mark | seen;
 	}
-	slot = pycopy_next_slot(at, all);
+	work->flow.slot = pycopy_next_slot(at, all);
+	slot = PYCOPY_FRESH(work->flow.slot);
 	if (*at >= slots)
 		mark = PYCOPY_TIMER_DONE;
 	if (slot < slots) {

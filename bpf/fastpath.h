@@ -460,11 +460,11 @@ static __always_inline int pycopy_keep_client(PYCOPY_CTX *ctx, struct pycopy_pac
 static __always_inline long pycopy_turn_into(PYCOPY_CTX *ctx, struct pycopy_work *work,
 					     const struct pycopy_hop *hop,
 					     const struct pycopy_fast_config *config, void *from,
-					     u64 payload)
+					     u16 payload_sum)
 {
 	if (work->reply.family == 4)
-		return pycopy_become(ctx, work, &work->key, hop, config, 20, from, payload);
-	return pycopy_become(ctx, work, &work->key, hop, config, 40, from, payload);
+		return pycopy_become(ctx, work, &work->key, hop, config, 20, from, payload_sum);
+	return pycopy_become(ctx, work, &work->key, hop, config, 40, from, payload_sum);
 }
 
 /* Sends a frame of the oldest held segment if it may leave: GONE_OUT if the packet is it,
@@ -479,6 +479,7 @@ static __always_inline int pycopy_release_one(PYCOPY_CTX *ctx, struct pycopy_ses
 	u64 at = s->held_at, offset;
 	struct pycopy_log_record *record = pycopy_log_find(at);
 	u32 from = 0, bytes = 0, is_last = 0;
+	void *payload;
 	int verdict = PYCOPY_HOLD, more = 0;
 	long failed;
 
@@ -508,8 +509,10 @@ static __always_inline int pycopy_release_one(PYCOPY_CTX *ctx, struct pycopy_ses
 	PYCOPY_PIN(offset);
 	if (offset > PYCOPY_LOG_PAYLOAD)
 		return PYCOPY_TO_USER;
-	failed = pycopy_turn_into(ctx, work, hop, config,
-				  bytes ? (void *)(record + 1) + offset : 0, bytes);
+	payload = (void *)(record + 1) + offset;
+	work->payload_bytes = bytes;
+	failed = pycopy_turn_into(ctx, work, hop, config, bytes ? payload : 0,
+				  pycopy_sum_payload(work, payload));
 	if (!failed && !more) {
 		pycopy_count_out(counts, work->reply.flags, bytes, 0);
 		return PYCOPY_GONE_OUT;

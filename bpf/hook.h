@@ -30,6 +30,12 @@
  */
 #define PYCOPY_PIN(value) asm volatile("" : "+r"(value))
 
+/* A value from memory as if somebody might have changed it: the verifier forgets what it knew of
+ * it.  Else it would go through all that follows once for each way out of a loop that has told
+ * the value's range.
+ */
+#define PYCOPY_FRESH(value) (*(volatile typeof(value) *)&(value))
+
 /* Whether lo <= *value <= hi, said so that every verifier believes it.  A comparison with two
  * bounds becomes one of `value - lo` in clang's hands, and older verifiers learn nothing of a
  * value from its difference (nor Linux 6.1 from `!= 0`): so the difference is what is made, and

@@ -376,8 +376,8 @@ struct pycopy_session {
 	struct pycopy_key target; /* and ours to the target */
 };
 
-/* Value of the map "pending": a byte for each of so many sessions, not zero where something is
- * pending.  Bytes, since they can be set and cleared without an atomic operation, which kernels
+/* Value of the map "pending": a byte for each of so many sessions, 1 where something is pending,
+ * else 0.  Bytes, since they can be set and cleared without an atomic operation, which kernels
  * before 5.12 have only for additions.
  */
 #define PYCOPY_PENDING_SLOTS 64

@@ -13,13 +13,13 @@ from pycopy.config import Service, endpoint
 from pycopy.errors import HostUnfit, Refused, UsageError
 from pycopy.inet import unmap_address
 
-# linux/capability.h
-_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_PERFMON": 38, "CAP_BPF": 39}
+#: All that are needed, by their numbers (linux/capability.h).
+CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_PERFMON": 38, "CAP_BPF": 39}
 _CAP_SYS_ADMIN = 21
 
 #: Whom the kernel lets do all that pycopy does.
 PRIVILEGES_CURE = (
-    f"run it with sudo, or from a systemd unit with AmbientCapabilities={' '.join(_CAPABILITIES)}"
+    f"run it with sudo, or from a systemd unit with AmbientCapabilities={' '.join(CAPABILITIES)}"
 )
 
 _FINAL = "cannot be overruled: "
@@ -40,8 +40,8 @@ def check_privileges(effective: int | None = None) -> None:
     held = effective_capabilities() if effective is None else effective
     if held & 1 << _CAP_SYS_ADMIN:
         # Both were split off it (Linux 5.8), and it includes them ever since.
-        held |= 1 << _CAPABILITIES["CAP_BPF"] | 1 << _CAPABILITIES["CAP_PERFMON"]
-    missing = [name for name, bit in _CAPABILITIES.items() if not held & 1 << bit]
+        held |= 1 << CAPABILITIES["CAP_BPF"] | 1 << CAPABILITIES["CAP_PERFMON"]
+    missing = [name for name, bit in CAPABILITIES.items() if not held & 1 << bit]
     if missing:
         raise HostUnfit(
             f"not enough privilege: {', '.join(missing)} missing",

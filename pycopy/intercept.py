@@ -116,6 +116,7 @@ class Intercept:
         self._stack.callback(self._relays.close)
         for tap in self._taps:
             self._put_to_use(tap)
+        self._heartbeat.begin()
         signals.at_once = False  # who reads "ready" may end it in order
         messages.say(f"ready: waiting for replays on port {self._server.port}")
         daemon.ready()

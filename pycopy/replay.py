@@ -76,6 +76,8 @@ class Replay:
         self._loop = Loop(self._heartbeat.beat)
         self._captures: list[Capture] = []
         self._first_syn_ns = 0
+        #: Segments not copied in the lapses that have been told of.
+        self._lapsed = 0
         #: Nothing has come back so far, and nothing was said about it.
         self._silent = True
         self._hops = NextHops(self._on_hop_change)
@@ -211,7 +213,7 @@ class Replay:
         )  # fmt: skip
 
     def _capture(self) -> None:
-        self._heartbeat.beat()
+        self._heartbeat.begin()
         for tap in self._captures:
             tap.begin()
             self._loop.add(tap.ring.fileno(), READ, partial(self._on_capture_ring, tap))
@@ -384,13 +386,13 @@ class Replay:
         """We stood still for so long that the programs stopped copying."""
         missed_ns = self._heartbeat.take_lapse()
         if missed_ns:
-            before = self.ledger.kernel_capture[CaptureCount.LAPSED]
             self._refresh_counters()
-            lapsed = self.ledger.kernel_capture[CaptureCount.LAPSED] - before
+            lapsed = self.ledger.kernel_capture[CaptureCount.LAPSED]
             say(
                 f"this process stood still for {missed_ns / SECOND:.1f} s (stopped, or without a"
-                f" CPU): {lapsed} segments were not copied meanwhile; going on"
+                f" CPU): {lapsed - self._lapsed} segments were not copied meanwhile; going on"
             )
+            self._lapsed = lapsed
 
     def _notice_silence(self) -> None:
         """Nothing at all comes back: the commonest fault, and the ledger balances all the same."""

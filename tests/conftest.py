@@ -34,6 +34,9 @@ def pytest_addoption(parser):
         "--no-fastpath", action="store_true",
         help="the lab tier with every replay's fast path off, without what tests the fast path",
     )  # fmt: skip
+    parser.addoption(
+        "--transport", choices=("ring", "perf"), help="the lab tier with records by that way"
+    )
 
 
 def pytest_configure(config):

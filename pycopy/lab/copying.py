@@ -147,8 +147,9 @@ class Copying:
     ``62.135.200.x``; ``pool_network`` what the target must route for it.
     """
 
-    #: Of every replay besides: tests of everything with something switched off.
+    #: Of every replay and intercept besides: tests of everything with something switched.
     replay_options: ClassVar[Sequence[str]] = ()
+    intercept_options: ClassVar[Sequence[str]] = ()
 
     def __init__(
         self,
@@ -175,7 +176,8 @@ class Copying:
             arguments += ["-s", lab.address(placement.value, family)]
             sources = " or ".join(f"src port {there}" for _, there in ports)
             expression = f"tcp and {sources}" if len(ports) == 1 else f"tcp and ({sources})"
-            line = ["intercept", "-i", DEVICE, "-F", expression, "--json", *intercept_arguments]
+            line = ["intercept", "-i", DEVICE, "-F", expression, "--json"]
+            line += [*self.intercept_options, *intercept_arguments]
             self.intercepts.append(Program(lab, placement.value, line))
         if pool:
             arguments += ["-c", pool]

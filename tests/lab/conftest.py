@@ -34,8 +34,11 @@ def _root():
 
 @pytest.fixture(scope="session", autouse=True)
 def _fastpath(pytestconfig):
+    transport = pytestconfig.getoption("--transport")
+    options = ("--transport", transport) if transport else ()
+    Copying.replay_options = Copying.intercept_options = options
     if pytestconfig.getoption("--no-fastpath"):
-        Copying.replay_options = ("--no-fastpath",)
+        Copying.replay_options = ("--no-fastpath", *options)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -20,6 +20,7 @@ PARSERS = {
     "lab": options.lab_parser,
     "demo": options.demo_parser,
     "detach": options.detach_parser,
+    "bpf": options.bpf_parser,
 }
 
 
