@@ -26,7 +26,7 @@ from pycopy.session.addresses import Addresses, KeptAddresses, PooledAddresses
 from pycopy.session.table import Table
 from pycopy.sources.live import Tap, Transport
 
-CONNECT_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 15.0
 #: How long the start waits for the first probes; later ones may open the fast path as well.
 PROBE_TIMEOUT_NS = 1_000_000_000
 PROBE_POLL_NS = 5_000_000
