@@ -21,7 +21,7 @@ from pycopy.fastpath.driver import FastPath
 from pycopy.inet import family_of, map_address, unmap_address
 from pycopy.intake import Intake
 from pycopy.loop import NEVER_NS, Loop
-from pycopy.messages import say
+from pycopy.messages import say, while_slow
 from pycopy.session.addresses import Addresses, KeptAddresses, PooledAddresses
 from pycopy.session.table import Table
 from pycopy.sources.live import Tap, Transport
@@ -147,7 +147,8 @@ class ChannelAnswers:
             if config.lonely:
                 client.start()
             else:
-                client.connect_blocking(CONNECT_TIMEOUT_S)
+                with while_slow(f"connecting to the intercept at {client.name}"):
+                    client.connect_blocking(CONNECT_TIMEOUT_S)
         self._await_probes()
         self._starting = False
         self._look()

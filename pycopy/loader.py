@@ -18,6 +18,7 @@ from pycopy import bpfmaps, guards, link, objects
 from pycopy.abi import Constant
 from pycopy.attach import Attachment, Hook, attach, detach_leftovers
 from pycopy.errors import HostUnfit, PycopyError
+from pycopy.messages import while_slow
 
 __all__ = ["Attachment", "Hook", "Map", "Module", "attach", "detach_leftovers", "load"]
 
@@ -118,7 +119,8 @@ def load(
         programs = {}
         for program in objects.CATALOGUE[name].programs:
             code = objects.link_code(made.programs[program], by_number, values, filter_code)
-            programs[program] = _load_program(name, kind, program, code, made.license)
+            with while_slow(f"loading {name}: this kernel's verifier takes its time"):
+                programs[program] = _load_program(name, kind, program, code, made.license)
             opened.callback(os.close, programs[program])
         module = Module(name, programs, fds, given)
         opened.pop_all()

@@ -12,12 +12,15 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import NoReturn
 
 #: Texts waiting for one stream; more are dropped.
 _QUEUE_TEXTS = 1000
 #: How long an end waits for its last words to be read.
 LAST_WORDS_S = 2.0
+#: What takes longer says what it is doing.
+SLOW_S = 1.0
 
 
 class _Writer:
@@ -96,6 +99,20 @@ def say(text: str) -> None:
 def put(text: str, to_stdout: bool = False) -> None:
     """Whole lines, as they are."""
     (_stdout if to_stdout else _stderr).put(text)
+
+
+@contextlib.contextmanager
+def while_slow(doing: str) -> Iterator[None]:
+    """Say what is being done, once it has taken a second."""
+    timer = threading.Timer(SLOW_S, say, [f"still {doing} ..."])
+    timer.daemon = True
+    # Where no thread can be started it goes on without a word.
+    with contextlib.suppress(RuntimeError, MemoryError):
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def flush(patience_s: float = LAST_WORDS_S) -> bool:

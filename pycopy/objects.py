@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 from pycopy import abi, bpfmaps, link
 from pycopy.abi import Constant
 from pycopy.errors import HostUnfit, PycopyError
+from pycopy.messages import while_slow
 
 #: ``struct bpf_insn``; the upper half of ``registers`` is the source register.
 _INSTRUCTION = struct.Struct("<BBhi")
@@ -181,7 +182,8 @@ def find(name: str) -> Object:
     directory = objects_dir()
     if manifest(directory).get("sources") == source_digest():
         return read(directory, name)
-    return compile_all([name])[0][name]
+    with while_slow(f"compiling {name}, since bpf/ is not what the objects were made of"):
+        return compile_all([name])[0][name]
 
 
 # -- made now --------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from pycopy.fastpath.driver import FastPath
 from pycopy.heartbeat import Heartbeat
 from pycopy.ledger import Count, Fate, Ledger
 from pycopy.loop import NEVER_NS, READ, Loop
-from pycopy.messages import say
+from pycopy.messages import say, while_slow
 from pycopy.nexthop import Hop, NextHops
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.states import Outcome
@@ -122,7 +122,8 @@ class Replay:
         """Resolve, attach, connect; raises PycopyError with everything undone by close()."""
         self._loop.add(self._hops.fileno(), READ, self._hops.on_readable)
         hops = self._hops.resolve_all(addr for addr, _ in self._targets)
-        self._hops.wait_usable(START_TIMEOUT_S)
+        with while_slow("looking for the way to the targets"):
+            self._hops.wait_usable(START_TIMEOUT_S)
         for hop in hops:
             self._egress.prepare(hop)
         self.table = Table(

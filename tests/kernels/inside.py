@@ -139,6 +139,7 @@ class Scene:
         require(not row["lost"] and not row["surplus"], "the target was not asked the same")
         require(outcome.balanced, "a ledger does not balance")
         if kernel_share:
+            require(outcome.fastpath == "on", f"the fast path was {outcome.fastpath}")
             few = "kernel_percent" in share and share["user_segments"] <= MOST_USER_SEGMENTS
             require(
                 few or row["kernel_percent"] >= LEAST_PERCENT,

@@ -56,7 +56,10 @@ def main(place="self", which="replay", how="KILL", seconds="26"):
         target = stack.enter_context(Nginx(lab, "target", 8080, (1009,)))
         copying = stack.enter_context(Copying(lab, Placement(place), 4))
         programs = copying.replays if which == "replay" else copying.intercepts
-        stray, copies = Sniffer(lab, "client", source=8080), Sniffer(lab, "target", destination=8080)
+        stray, copies = (
+            Sniffer(lab, "client", source=8080),
+            Sniffer(lab, "target", destination=8080),
+        )
         load = LoadRun(
             lab, 4, "online", 80, "--requests", str(RATE * seconds), "--connections",
             str(2 * seconds), "--short", str(seconds), "--rate", str(RATE), "--answers", "1009",

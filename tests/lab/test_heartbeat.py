@@ -65,7 +65,15 @@ def test_an_intercept_that_is_stopped_lets_everything_through_in_the_end(scenari
     stopped(intercept)
     begun = time.monotonic()
     # A connection to the target from where nobody claims: the programs' default is to swallow.
-    command = ["curl", "-s", "-m", "1", "-o", "/dev/null", f"http://{run.lab.address('target', 4)}:8080/"]
+    command = [
+        "curl",
+        "-s",
+        "-m",
+        "1",
+        "-o",
+        "/dev/null",
+        f"http://{run.lab.address('target', 4)}:8080/",
+    ]
     outcomes = []
     while time.monotonic() - begun < GRACE_S + 6:
         result = run.lab.popen("client", command).wait(10) == 0

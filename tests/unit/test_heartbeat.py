@@ -1,5 +1,6 @@
 """The sign of life: with every turn of the loop, often enough, and what is noticed of a lapse."""
 
+import itertools
 import os
 import time
 
@@ -24,7 +25,7 @@ def test_a_loop_beats_with_every_turn_and_in_time_for_the_programs():
         loop.wait(NEVER_NS)  # with nothing to wait for
     loop.wait(0)
     loop.close()
-    gaps = [later - earlier for earlier, later in zip(beats, beats[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(beats)]
     assert len(beats) == 4 and min(gaps) > BEAT_NS // 2
     assert 3 * BEAT_NS < abi.LAPSE_NS
 
