@@ -105,9 +105,10 @@ def test_loss(start, lab, legs, percent):
     run = start(servers=((80, "http"),))
     impairments = [impair_leg(lab, Placement.SELF, leg, drop_ppm=percent * 10_000) for leg in legs]
     try:
-        load = run.load(701, 23, wait=False, id="keep", answers=(1, 1009), rate=1500)
+        # Slow enough for sessions that were repaired to be quiet for once, and go back.
+        load = run.load(1009, 23, wait=False, id="keep", answers=(1, 1009), rate=500)
         run.load(101, 101, short=101, id="short", answers=(1, 1009))
-        run.checked(load, 701)
+        run.checked(load, 1009)
         settle(run, 124)
     finally:
         for impairment in impairments:
@@ -120,7 +121,7 @@ def test_loss(start, lab, legs, percent):
         # A request of one segment that was lost is a late one to the capture, and no gap.
         assert share["kernel_percent"] >= 95, share
         return
-    assert share["sessions_taken"] >= share["sessions_given"] > 0
+    assert share["sessions_taken"] >= share["sessions_given"] > 0, share
     # Where requests come fast, more of them are held meanwhile than the kernel holds.
     reasons = ("timeout", "dup_ack", "response", "queue")
     assert sum(share.get(f"left_{reason}", 0) for reason in reasons) > 0, share
