@@ -492,7 +492,10 @@ enum pycopy_request {
 	PYCOPY_HAVE = 2, /* it is USER's: the log has been read */
 	PYCOPY_GIVE = 3, /* it becomes KERNEL's, with the state that comes along */
 	PYCOPY_DROP = 4, /* its slot becomes free: of one of user space's, or in TIME_WAIT */
+	PYCOPY_FILL = 5, /* PYCOPY_FILL_SLOTS slots from this one on are free; for the start */
 };
+
+#define PYCOPY_FILL_SLOTS 256
 
 struct pycopy_command {
 	__u32 request; /* enum pycopy_request; 0 comes back if it was done */

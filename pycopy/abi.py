@@ -289,7 +289,8 @@ POOL = struct.Struct("<QQQ")
 
 #: ``struct pycopy_command`` without its session: request, slot, generation, reserved.
 COMMAND = struct.Struct("<4I")
-TAKE, HAVE, GIVE, DROP = 1, 2, 3, 4
+TAKE, HAVE, GIVE, DROP, FILL = 1, 2, 3, 4, 5
+FILL_SLOTS = 256
 
 #: ``struct pycopy_pending``: a byte for each of so many sessions.
 PENDING_SLOTS = 64

@@ -25,11 +25,6 @@ STEPS = 256
 CALLS = 64
 SWEEP_CALLS = 4
 
-#: Free slots that the programs have at the start, and how many more with each turn of the timer:
-#: to enter all of them at once takes a quarter of a second.
-FIRST_SLOTS = 4096
-MORE_SLOTS = 1024
-
 #: What the timer makes its frames of: a packet of either family, long enough for its headers.
 _MATERIAL = bytes(12) + b"\x08\x00" + bytes(114)
 
@@ -51,8 +46,6 @@ class KernelSessions:
         self._module: loader.Module | None = None
         self._timer: link.RepeatedRun | None = None
         self._config = list(abi.FAST_CONFIG.unpack(bytes(abi.FAST_CONFIG.size)))
-        #: How many slots have been given to the programs.
-        self._entered = 0
         #: Slots of sessions that user space has fetched, by the key towards the target.
         self._fetched: dict[bytes, tuple[int, int]] = {}
         #: Connections online whose session is over, still entered as user space's own.
@@ -78,13 +71,9 @@ class KernelSessions:
             given=self.maps.given, constants=self.maps.constants,
         )  # fmt: skip
         self._timer = link.RepeatedRun(self._module.program_fds["pycopy_timer"], _MATERIAL, STEPS)
-        self._enter_slots(FIRST_SLOTS)
-
-    def _enter_slots(self, most: int) -> None:
-        """Give the programs up to ``most`` more of the slots that nobody has had yet."""
-        entered = range(self._entered, min(self._entered + most, self.maps.slots))
-        link.stack_push(self._by_name["slots"].fd, reversed(entered))
-        self._entered = entered.stop
+        nobody = bytes(abi.KERNEL_SESSION.size)
+        for first in reversed(range(0, self.maps.slots, abi.FILL_SLOTS)):
+            self._command(abi.FILL, first, 0, nobody)
 
     # -- what the programs are told -------------------------------------------------------
 
@@ -312,8 +301,6 @@ class KernelSessions:
 
     def on_timer(self) -> Iterator[tuple[KernelSession, list[Logged]]]:
         """Let time pass for the kernel's sessions; those that must leave come back, fetched."""
-        if self._entered < self.maps.slots:
-            self._enter_slots(MORE_SLOTS)
         mark = self._run_timer(self._passing, CALLS)
         self.pending, self.holding = bool(mark & abi.TIMER_PENDING), bool(mark & abi.TIMER_HELD)
         # Begun anew each time, a busy kernel's last sessions would never be looked at.
