@@ -14,6 +14,9 @@ from tests.bpf.harness import Namespaces
 #: Small, so that it is full soon; with room for as many records as one session may hold.
 LOG_BYTES = 1 << 16
 HELD_LOG_BYTES = 1 << 20
+#: Megabytes through scapy: on a busy machine that takes its time.
+pytestmark = pytest.mark.timeout(240)
+
 MATERIAL = bytes(number * 7 & 0xFF for number in range(70_000))
 
 

@@ -28,6 +28,9 @@ INTERCEPT, ONLINE = {4: "10.7.0.1", 6: "fd07::1"}, {4: "10.7.0.2", 6: "fd07::2"}
 PORT, OUR_PORT = 36524, 40002
 families = pytest.mark.parametrize("family", (4, 6))
 
+#: Frames by scapy, a thousand and more: on a busy machine that takes its time.
+pytestmark = pytest.mark.timeout(240)
+
 
 class Progress(Program):
     def __init__(self, kernel):
