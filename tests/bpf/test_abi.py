@@ -219,7 +219,8 @@ def test_constants_of_the_kernels_sessions(tmp_path):
         "PYCOPY_FAST_COUNTS": abi.FAST_COUNTS,
         **{f"PYCOPY_KNOWN_{bit}": getattr(abi, f"KNOWN_{bit}")
            for bit in ("IRS", "NEED", "FIN", "TIME", "SENT")},
-        **{f"PYCOPY_{request}": getattr(abi, request) for request in ("TAKE", "HAVE", "GIVE", "DROP", "FILL")},
+        **{f"PYCOPY_{request}": getattr(abi, request)
+           for request in ("TAKE", "HAVE", "GIVE", "DROP", "FILL")},
         "PYCOPY_FILL_SLOTS": abi.FILL_SLOTS,
         **{f"PYCOPY_TIMER_{mark}": getattr(abi, f"TIMER_{mark}")
            for mark in ("BEGIN", "BEGIN_ALL", "GO_ON", "GO_ON_ALL", "DONE")},
