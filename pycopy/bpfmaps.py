@@ -82,15 +82,15 @@ SHAPES: dict[str, Shape] = {
 NUMBERS: dict[str, int] = {name: number for number, name in enumerate(SHAPES, 1)}
 
 
-def make(name: str, entries: int = 0, value_bytes: int = 0) -> int:
-    """A new map's descriptor; zeros stand for what its shape says. Raises OSError."""
+def make(name: str, entries: int = 0, value_bytes: int = 0, perf: bool = False) -> int:
+    """A new map's descriptor; zeros stand for what its shape says. Raises OSError.
+
+    ``perf``: records leave by perf event output, for which "segments" has an entry for each CPU.
+    """
     shape = SHAPES[name]
+    if perf and name == "segments":
+        shape, entries = Shape(link.PERF_EVENT_ARRAY, 4, 4), link.possible_cpus()
     return link.map_create(
         shape.kind, f"pycopy_{name}", shape.key_bytes, value_bytes or shape.value_bytes,
         entries or shape.entries, shape.flags, shape.lock_first,
     )  # fmt: skip
-
-
-def make_perf() -> int:
-    """The map "segments" where records leave by perf event output: an entry for each CPU."""
-    return link.map_create(link.PERF_EVENT_ARRAY, "pycopy_segments", 4, 4, link.possible_cpus())

@@ -106,7 +106,7 @@ def _run_rows(
 ) -> None:
     """Everything that needs the lab; a row is in ``rows`` as soon as it has begun."""
     with (
-        _interrupted_by_sigterm(),
+        interrupted_by_sigterm(),
         Lab(NAME) as lab,
         Nginx(lab, "online", 80, ANSWERS) as online,
         Nginx(lab, "target", 8080, ANSWERS) as target,
@@ -201,8 +201,8 @@ def _say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM unwinds as Ctrl-C does, so that the lab is taken down either way."""
+def interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds as Ctrl-C does, so that what was built is taken down either way."""
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt

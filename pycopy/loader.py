@@ -130,9 +130,7 @@ def load(
 def make_map(name: str, entries: int = 0, perf: bool = False) -> int:
     """The descriptor of a new map of bpfmaps.SHAPES; raises PycopyError."""
     try:
-        if name == "segments" and perf:
-            return bpfmaps.make_perf()
-        return bpfmaps.make(name, entries)
+        return bpfmaps.make(name, entries, perf=perf)
     except OSError as error:
         raise map_refused(name, error) from error
 

@@ -396,9 +396,7 @@ def _any_map(name: str, perf: bool) -> int:
     if name == "log":
         log_bytes = ANY_CONSTANTS[Constant.LOG_MASK] + 1
         return bpfmaps.make(name, value_bytes=abi.LOG_HEAD.size + log_bytes + abi.LOG_ROOM)
-    if name == "segments" and perf:
-        return bpfmaps.make_perf()
-    return bpfmaps.make(name)
+    return bpfmaps.make(name, perf=perf)
 
 
 def rejected(name: str, error: link.Rejected) -> PycopyError:

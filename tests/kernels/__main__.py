@@ -17,11 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from pycopy.demo import interrupted_by_sigterm
 from pycopy.errors import EXIT_INTERRUPTED, HostUnfit, PycopyError
 from pycopy.lab.copying import Placement
 
 from . import inside, packages, report, userlands
-from .guest import CHECKOUT, EXCHANGE, PYTHON, Guest, ending_on_sigterm, follow
+from .guest import CHECKOUT, EXCHANGE, PYTHON, Guest, follow
 
 REQUESTS, QUICK_REQUESTS = 503, 101
 QUICK_KERNELS = ("6.1", "6.12")
@@ -210,7 +211,7 @@ def run(given):
 def main():
     given = parse()
     try:
-        with ending_on_sigterm():
+        with interrupted_by_sigterm():
             return run(given)
     except PycopyError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from pycopy.demo import interrupted_by_sigterm
 from pycopy.errors import HostUnfit, PycopyError
 
 from . import initramfs, packages
@@ -258,20 +259,6 @@ def _advance(guest, say):
     return None
 
 
-@contextlib.contextmanager
-def ending_on_sigterm():
-    """SIGTERM unwinds as Ctrl-C does."""
-
-    def interrupt(_number, _frame):
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def main():
     parser = argparse.ArgumentParser(
         prog="python3 -m tests.kernels.guest", description=__doc__.partition("\n")[0]
@@ -285,7 +272,7 @@ def main():
     parser.add_argument("--console", action="store_true", help="print what its kernel said")
     arguments = parser.parse_args()
     try:
-        with ending_on_sigterm(), contextlib.ExitStack() as stack:
+        with interrupted_by_sigterm(), contextlib.ExitStack() as stack:
             exchange = arguments.exchange or stack.enter_context(tempfile.TemporaryDirectory())
             kernel = packages.kernel(arguments.kernel)
             print(f"{kernel.release} ({kernel.version})", file=sys.stderr)
