@@ -18,6 +18,11 @@
  */
 #define PYCOPY_EMPTY_GROUPS 16
 #define PYCOPY_EMPTY_SLOTS  32
+/* Slots that a pass looks at beyond the last one it found pending.  The stack of free slots gives
+ * out the lowest first, and a session is pending from the start: beyond a gap of as many as there
+ * may be CPUs that take one at the same time, none was ever used.
+ */
+#define PYCOPY_SLOTS_AHEAD 1024
 
 static __always_inline void pycopy_call_attention(const struct pycopy_flow *flow)
 {
@@ -190,7 +195,7 @@ static __always_inline int pycopy_forgive(struct pycopy_session *s, struct pycop
 	return forgiven;
 }
 
-/* Zero: nothing is pending. */
+/* What was seen (PYCOPY_TIMER_SEEN); zero: nothing is pending. */
 static __always_inline u32 pycopy_look(struct __sk_buff *ctx, u32 slot, struct pycopy_work *work,
 					struct pycopy_fast_config *config, u64 *counts, int all)
 {
@@ -228,7 +233,7 @@ static __always_inline u32 pycopy_look(struct __sk_buff *ctx, u32 slot, struct p
 	if (s->owner == PYCOPY_LEAVING) {
 		pycopy_call_attention(&work->flow);
 		pycopy_watch(slot);
-		return PYCOPY_TIMER_PENDING;
+		return PYCOPY_TIMER_PENDING | PYCOPY_TIMER_ATTENTION;
 	}
 	service = s->service;
 	hop = pycopy_lookup(PYCOPY_MAP_HOPS, &service);
@@ -241,35 +246,45 @@ static __always_inline u32 pycopy_look(struct __sk_buff *ctx, u32 slot, struct p
 	return s->held ? PYCOPY_TIMER_PENDING | PYCOPY_TIMER_HELD : PYCOPY_TIMER_PENDING;
 }
 
-int pycopy_timer(struct __sk_buff *ctx)
+/* One step of the pass that `mark` names: how it goes on. */
+static __always_inline u32 pycopy_step(struct __sk_buff *ctx, u32 mark, u32 *seen)
 {
-	struct pycopy_fast_config *config = pycopy_config();
-	u64 *counts = pycopy_fast_counts();
-	u32 slot, *at, mark = ctx->mark & 0xff, slots = PYCOPY_CONSTANT(SLOTS);
-	u32 seen = ctx->mark & PYCOPY_TIMER_SEEN;
-	struct pycopy_work *work = pycopy_work_of_cpu();
 	u32 all = mark == PYCOPY_TIMER_BEGIN_ALL || mark == PYCOPY_TIMER_GO_ON_ALL;
+	u32 slot, slots = PYCOPY_CONSTANT(SLOTS), used_at = PYCOPY_CURSOR_USED;
+	u32 *at = pycopy_lookup(PYCOPY_MAP_CURSORS, &all);
+	u32 *used = pycopy_lookup(PYCOPY_MAP_CURSORS, &used_at);
+	struct pycopy_fast_config *config = pycopy_config();
+	struct pycopy_work *work = pycopy_work_of_cpu();
+	u64 *counts = pycopy_fast_counts();
 
-	at = pycopy_lookup(PYCOPY_MAP_CURSORS, &all);
-	if (!config || !counts || !work || !at || mark == PYCOPY_TIMER_DONE)
-		return PYCOPY_TIMER_DONE | seen;
+	if (!config || !counts || !work || !at || !used)
+		return PYCOPY_TIMER_DONE;
 	if (mark == PYCOPY_TIMER_BEGIN || mark == PYCOPY_TIMER_BEGIN_ALL) {
 		*at = 0;
 		mark += PYCOPY_TIMER_GO_ON - PYCOPY_TIMER_BEGIN;
 	}
 	work->now_ns = pycopy_now();
-	if (pycopy_expire_oldest(work)) {
-		ctx->mark = mark | seen;
-		return mark | seen;
-	}
+	if (pycopy_expire_oldest(work))
+		return mark;
 	work->flow.slot = pycopy_next_slot(at, all);
 	slot = PYCOPY_FRESH(work->flow.slot);
-	if (*at >= slots)
+	if (slot < slots && slot >= *used)
+		*used = slot + 1;
+	if (*at >= slots || (!all && *at >= *used + PYCOPY_SLOTS_AHEAD))
 		mark = PYCOPY_TIMER_DONE;
 	if (slot < slots) {
 		ctx->mark = 0; /* what is sent from here is marked as nothing else is */
-		seen |= pycopy_look(ctx, slot, work, config, counts, all);
+		*seen |= pycopy_look(ctx, slot, work, config, counts, all);
 	}
+	return mark;
+}
+
+int pycopy_timer(struct __sk_buff *ctx)
+{
+	u32 mark = ctx->mark & 0xff, seen = ctx->mark & PYCOPY_TIMER_SEEN;
+
+	if (mark != PYCOPY_TIMER_DONE)
+		mark = pycopy_step(ctx, mark, &seen);
 	ctx->mark = mark | seen;
 	return mark | seen;
 }

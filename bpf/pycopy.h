@@ -386,6 +386,12 @@ struct pycopy_pending {
 	__u64 words[PYCOPY_PENDING_SLOTS / 8];
 };
 
+/* The map "cursors": where the pass over pending sessions is, the one over all of them, and up to
+ * where a pending one was ever found.
+ */
+#define PYCOPY_CURSORS	   3
+#define PYCOPY_CURSOR_USED 2
+
 /* Value of the maps "flows" (by the online key) and "targets" (by the target key). */
 struct pycopy_flow {
 	__u32 slot; /* index in "sessions", or PYCOPY_NO_SLOT: a session of user space's own */
@@ -528,9 +534,10 @@ enum pycopy_timer {
 };
 
 /* Beside it: the pass has seen sessions that have something pending. */
-#define PYCOPY_TIMER_PENDING 0x100
-#define PYCOPY_TIMER_HELD    0x200 /* a request, which may wait for nothing else */
-#define PYCOPY_TIMER_SEEN    0x300
+#define PYCOPY_TIMER_PENDING   0x100
+#define PYCOPY_TIMER_HELD      0x200 /* a request, which may wait for nothing else */
+#define PYCOPY_TIMER_ATTENTION 0x400 /* the queue "attention" has an entry */
+#define PYCOPY_TIMER_SEEN      0x700
 
 /* Upper bounds of the hold-time histogram: pycopy.ledger.HOLD_BUCKETS_US. */
 #define PYCOPY_HOLD_BUCKETS 7

@@ -294,12 +294,14 @@ FILL_SLOTS = 256
 
 #: ``struct pycopy_pending``: a byte for each of so many sessions.
 PENDING_SLOTS = 64
+#: Entries of the map "cursors".
+CURSORS = 3
 
 #: ``struct pycopy_attention``.
 ATTENTION = struct.Struct("<II")
 
 TIMER_BEGIN, TIMER_BEGIN_ALL, TIMER_GO_ON, TIMER_GO_ON_ALL, TIMER_DONE = 1, 2, 3, 4, 5
-TIMER_PENDING, TIMER_HELD, TIMER_SEEN = 0x100, 0x200, 0x300
+TIMER_PENDING, TIMER_HELD, TIMER_ATTENTION, TIMER_SEEN = 0x100, 0x200, 0x400, 0x700
 
 WORK_BYTES = 512
 HOLD_BUCKETS = 7

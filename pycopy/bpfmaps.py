@@ -75,7 +75,7 @@ SHAPES: dict[str, Shape] = {
     "ports": Shape(link.ARRAY, 4, 2, _PORTS),
     "next_port": Shape(link.ARRAY, 4, 8),
     "pool": Shape(link.ARRAY, 4, abi.POOL.size, 2 * (abi.POOL_NETWORKS + 1)),
-    "cursors": Shape(link.ARRAY, 4, 4, 2),
+    "cursors": Shape(link.ARRAY, 4, 4, abi.CURSORS),
 }
 
 #: ``enum pycopy_map``.

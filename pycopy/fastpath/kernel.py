@@ -21,9 +21,9 @@ from pycopy.session.rules import Rules
 from . import maps as maps_module
 
 #: The timer's steps in one call, and calls in one turn, for what is pending and for all.
-STEPS = 256
-CALLS = 64
-SWEEP_CALLS = 4
+STEPS = 64
+CALLS = 256
+SWEEP_CALLS = 16
 
 #: What the timer makes its frames of: a packet of either family, long enough for its headers.
 _MATERIAL = bytes(12) + b"\x08\x00" + bytes(114)
@@ -301,14 +301,18 @@ class KernelSessions:
 
     def on_timer(self) -> Iterator[tuple[KernelSession, list[Logged]]]:
         """Let time pass for the kernel's sessions; those that must leave come back, fetched."""
-        mark = self._run_timer(self._passing, CALLS)
+        mark = seen = self._run_timer(self._passing, CALLS)
         self.pending, self.holding = bool(mark & abi.TIMER_PENDING), bool(mark & abi.TIMER_HELD)
         # Begun anew each time, a busy kernel's last sessions would never be looked at.
         mark &= ~abi.TIMER_SEEN
         self._passing = abi.TIMER_BEGIN if mark == abi.TIMER_DONE else mark
         if self._sweeping:
-            mark = self._run_timer(self._sweeping, SWEEP_CALLS) & ~abi.TIMER_SEEN
+            mark = self._run_timer(self._sweeping, SWEEP_CALLS)
+            seen |= mark
+            mark &= ~abi.TIMER_SEEN
             self._sweeping = 0 if mark == abi.TIMER_DONE else mark
+        if not seen & abi.TIMER_ATTENTION:
+            return
         attention = self._by_name["attention"].fd
         for _ in range(maps_module.ATTENTION_MAX):
             entry = link.stack_pop(attention, abi.ATTENTION.size)

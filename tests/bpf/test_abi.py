@@ -222,8 +222,10 @@ def test_constants_of_the_kernels_sessions(tmp_path):
         **{f"PYCOPY_{request}": getattr(abi, request)
            for request in ("TAKE", "HAVE", "GIVE", "DROP", "FILL")},
         "PYCOPY_FILL_SLOTS": abi.FILL_SLOTS,
+        "PYCOPY_CURSORS": abi.CURSORS,
         **{f"PYCOPY_TIMER_{mark}": getattr(abi, f"TIMER_{mark}")
-           for mark in ("BEGIN", "BEGIN_ALL", "GO_ON", "GO_ON_ALL", "DONE")},
+           for mark in ("BEGIN", "BEGIN_ALL", "GO_ON", "GO_ON_ALL", "DONE",
+                        "PENDING", "HELD", "ATTENTION", "SEEN")},
         "PYCOPY_HELD_MAX": abi.HELD_MAX,
         "PYCOPY_NO_SLOT": abi.NO_SLOT,
         "PYCOPY_LOG_CPU_SHIFT": abi.LOG_CPU_SHIFT,
