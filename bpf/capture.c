@@ -107,7 +107,7 @@ static __always_inline int find_service(struct pycopy_packet *packet)
 
 /* Whether the flow is this worker's.  By the client's port alone: copies keep it, so
  * that two workers never want the same address and port towards the target, and a
- * response says whose it is.  Twin: worker_of() in pycopy/shares.py.
+ * response says whose it is.  Twin: worker_of() in pycopy/session/addresses.py.
  */
 static __always_inline int is_mine(struct pycopy_packet *packet,
 				   const struct pycopy_settings *settings)

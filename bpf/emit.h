@@ -3,7 +3,7 @@
  * Frames to the target, made of the packet at hand (TC only).  Of a client's segment a
  * copy is sent: headers rewritten in place, cloned out, and put back as they were
  * before anybody else sees the packet.  Of a response, or of the timer's dummy, the
- * packet itself becomes the frame.  What the headers say is pycopy/wire.py's and
+ * packet itself becomes the frame.  What the headers say is pycopy/wire/headers.py's and
  * rewrite.py's, option by option.
  *
  * Checksums: a captured one may be partial (veth, virtio, loopback): only the sum of

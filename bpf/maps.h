@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0
  *
- * Maps, and what else an object is linked with when it is loaded (pycopy/objects.py).  None is
+ * Maps, and what else an object is linked with when it is loaded (pycopy/kernel/objects.py).  None is
  * declared the way bcc has it: a map that bcc makes belongs to one text alone, and needs bcc on
  * the host.  The text has numbers (enum pycopy_map) where descriptors go.
  */

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0
  *
  * The ABI between the BPF programs and user space: every struct, enum and
- * constant both sides share, and nothing else.  pycopy/abi.py and, for the maps,
- * pycopy/bpfmaps.py are its twins; tests/bpf/test_abi.py compares them.  Change one, change both,
+ * constant both sides share, and nothing else.  pycopy/kernel/abi.py and, for the maps,
+ * pycopy/kernel/shapes.py are its twins; tests/bpf/test_abi.py compares them.  Change one, change both,
  * and raise PYCOPY_ABI_VERSION: the same records travel over the channel
  * between hosts (pycopy/channel.py), so an old peer must be able to refuse.
  *
@@ -70,7 +70,7 @@ struct pycopy_segment {
 
 #define PYCOPY_PIECE_BYTES 16384
 
-/* --- What the programs are linked with: pycopy/objects.py ---
+/* --- What the programs are linked with: pycopy/kernel/objects.py ---
  *
  * Objects are compiled once and for everybody.  What differs from run to run is filled in
  * when one is loaded: maps, by number; a few sizes, as constants; the user's -F, as a
@@ -539,7 +539,7 @@ enum pycopy_timer {
 #define PYCOPY_TIMER_ATTENTION 0x400 /* the queue "attention" has an entry */
 #define PYCOPY_TIMER_SEEN      0x700
 
-/* Upper bounds of the hold-time histogram: pycopy.ledger.HOLD_BUCKETS_US. */
+/* Upper bounds of the hold-time histogram: pycopy.report.ledger.HOLD_BUCKETS_US. */
 #define PYCOPY_HOLD_BUCKETS 7
 
 /* Per-CPU counters of the kernel's sessions (map "fast_counts").

@@ -14,8 +14,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from pycopy import __version__, config, daemon, devices, guards, messages, options, shares
-from pycopy.config import InterceptConfig, ProcessConfig, ReplayConfig
+from pycopy import __version__
+from pycopy.command import config, guards, options
+from pycopy.command.config import InterceptConfig, ProcessConfig, ReplayConfig
 from pycopy.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -24,6 +25,10 @@ from pycopy.errors import (
     UsageError,
     explain,
 )
+from pycopy.host import devices, privileges
+from pycopy.kernel.attach import detach_leftovers
+from pycopy.process import console, daemon
+from pycopy.workers import shares
 
 PLACEMENTS = ("self", "target", "assistant")
 _QUOTE = "quote an expression: -F 'tcp ...'"
@@ -59,7 +64,7 @@ def script() -> NoReturn:
         status = EXIT_FAILED
         _to_stderr(traceback.format_exc())
         _to_stderr("pycopy: this is a bug in pycopy; please report it with the lines above\n")
-    messages.leave(status)
+    console.leave(status)
 
 
 def _open_standard_streams() -> None:
@@ -236,19 +241,19 @@ def _replay(argv: list[str]) -> int:
     guards.check_interfaces(wanted.interfaces)
     local = devices.local_addresses()
     guards.check_targets(wanted.services, local, wanted.allow_public_target)
-    guards.check_privileges()
+    privileges.check_privileges()
 
     def body() -> int:
         warnings = [] if wanted.forwarded else guards.foreign_sources(wanted.services, local)
         words = [f"pycopy: warning: {warning}" for warning in warnings]
         if wanted.workers > 1:
-            from pycopy import workers
+            from pycopy.workers import master
 
-            return workers.run(wanted, words)
+            return master.run(wanted, words)
         from pycopy import replay
 
         for line in words:
-            messages.say(line)
+            console.say(line)
         return replay.run(wanted)
 
     return _run(body, wanted)
@@ -257,7 +262,7 @@ def _replay(argv: list[str]) -> int:
 def _intercept(argv: list[str]) -> int:
     wanted = intercept_config(argv)
     guards.check_interfaces(wanted.interfaces)
-    guards.check_privileges()
+    privileges.check_privileges()
 
     def body() -> int:
         from pycopy import intercept
@@ -318,7 +323,7 @@ def _demo(argv: list[str]) -> int:
             f"--connections {connections} is more than --requests {requests}",
             "every connection carries at least one request",
         )
-    from pycopy import demo
+    from pycopy.lab import demo
 
     return demo.run(placements, families, requests, connections, given.json)
 
@@ -328,10 +333,9 @@ def _detach(argv: list[str]) -> int:
     _no_words(words)
     names = None if given.interface is None else config.parse_interfaces(given.interface) or None
     guards.check_interfaces(names or [])
-    guards.check_privileges()
-    from pycopy import loader
+    privileges.check_privileges()
 
-    removed = loader.detach_leftovers(names)
+    removed = detach_leftovers(names)
     for line in removed:
         print(line)
     if not removed:
@@ -342,16 +346,17 @@ def _detach(argv: list[str]) -> int:
 def _bpf(argv: list[str]) -> int:
     from pathlib import Path
 
-    from pycopy import bpfcommand, objects
+    from pycopy.command import bpf
+    from pycopy.kernel import objects
 
     given, words = options.bpf_parser().parse(argv)
     if not words:
-        raise UsageError("the action is missing", f"one of: {', '.join(bpfcommand.ACTIONS)}")
-    action = _choice(words[0], "the action", bpfcommand.ACTIONS)
+        raise UsageError("the action is missing", f"one of: {', '.join(bpf.ACTIONS)}")
+    action = _choice(words[0], "the action", bpf.ACTIONS)
     names = [_choice(word, "the object", list(objects.CATALOGUE)) for word in words[1:]]
     if action == "load":
-        guards.check_privileges()
-    return bpfcommand.run(action, Path(given.output) if given.output else None, names)
+        privileges.check_privileges()
+    return bpf.run(action, Path(given.output) if given.output else None, names)
 
 
 def _needs_intercept(given: argparse.Namespace, option: str) -> None:
@@ -377,8 +382,8 @@ def _no_words(words: Sequence[str], cure: str = "leave it out") -> None:
 
 
 def _to_stderr(text: str) -> None:
-    messages.put(text)
-    messages.flush()  # if nobody reads it, the exit status says it
+    console.put(text)
+    console.flush()  # if nobody reads it, the exit status says it
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -13,21 +13,23 @@ import socket
 import time
 from functools import partial
 
-from pycopy import daemon, loader, messages, placement
-from pycopy.abi import PASS, InterceptCount
-from pycopy.attach import Hook
 from pycopy.channel import ChannelServer, Fate, Hello, Placement, Refusal
-from pycopy.claims import Claims, ClaimsFull, describe
-from pycopy.config import InterceptConfig
-from pycopy.devices import Device, find_devices, local_addresses
+from pycopy.command.config import InterceptConfig
 from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
-from pycopy.frame import BALANCED, Value
-from pycopy.heartbeat import Heartbeat
-from pycopy.loop import READ, Loop
-from pycopy.relays import Relays
-from pycopy.signals import Signals
-from pycopy.sources.live import Settings, Tap, choose_transport, load_tap
-from pycopy.view import View
+from pycopy.host.devices import Device, find_devices, local_addresses
+from pycopy.interception import placement
+from pycopy.interception.relays import Relays
+from pycopy.interception.verdicts import Claims, ClaimsFull, describe
+from pycopy.kernel.abi import PASS, InterceptCount
+from pycopy.kernel.attach import Hook
+from pycopy.kernel.heartbeat import Heartbeat
+from pycopy.kernel.module import Map
+from pycopy.process import console, daemon
+from pycopy.process.loop import READ, Loop
+from pycopy.process.signals import Signals
+from pycopy.report.picture import BALANCED, Value
+from pycopy.report.view import View
+from pycopy.tap import Settings, Tap, choose_transport, load_tap
 
 #: At TC both are before the host's own forwarding. XDP is cheaper on a real NIC, but sends
 #: nothing on from there.
@@ -106,7 +108,9 @@ class Intercept:
         _log(f"this is the {self._place.name.lower()}: {why}")
         self._watch_devices()
         self._heartbeat.open()
-        self._transport = choose_transport(config, self._heartbeat)
+        self._transport = choose_transport(
+            config.transport == "perf", config.ring_bytes, self._heartbeat
+        )
         for device in devices:
             self._attach(device, _HOOKS[self._place, config.hook])
         self._claims = Claims([_claims_of(tap) for tap in self._taps])
@@ -118,7 +122,7 @@ class Intercept:
             self._put_to_use(tap)
         self._heartbeat.begin()
         signals.at_once = False  # who reads "ready" may end it in order
-        messages.say(f"ready: waiting for replays on port {self._server.port}")
+        console.say(f"ready: waiting for replays on port {self._server.port}")
         daemon.ready()
         self.view.start()
         try:
@@ -343,10 +347,10 @@ def run(config: InterceptConfig) -> int:
         return Intercept(config, stack).run()
 
 
-def _claims_of(tap: Tap) -> tuple[loader.Map, loader.Map]:
+def _claims_of(tap: Tap) -> tuple[Map, Map]:
     return tap.module.maps["claims"], tap.module.maps["claims_default"]
 
 
 def _log(text: str) -> None:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    messages.say(f"{stamp} {text}")
+    console.say(f"{stamp} {text}")

@@ -14,28 +14,31 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from pycopy import daemon
-from pycopy.abi import CaptureCount, InterceptCount, Segment
-from pycopy.answers import Answers, OwnAnswers
-from pycopy.attach import Hook
-from pycopy.channelanswers import ChannelAnswers
-from pycopy.config import ReplayConfig, describe, describe_endpoints
-from pycopy.devices import find_devices
-from pycopy.egress import Egress
+from pycopy.command.config import ReplayConfig, describe, describe_endpoints
+from pycopy.egress.egress import Egress
 from pycopy.errors import EXIT_FAILED, EXIT_OK, PeerError, PycopyError, UsageError, explain
 from pycopy.fastpath.driver import FastPath
-from pycopy.heartbeat import Heartbeat
-from pycopy.ledger import Count, Fate, Ledger
-from pycopy.loop import NEVER_NS, READ, Loop
-from pycopy.messages import say, while_slow
-from pycopy.nexthop import Hop, NextHops
+from pycopy.host.devices import find_devices
+from pycopy.host.nexthop import Hop, NextHops
+from pycopy.kernel.abi import CaptureCount, InterceptCount
+from pycopy.kernel.attach import Hook
+from pycopy.kernel.heartbeat import Heartbeat
+from pycopy.process import daemon, memory
+from pycopy.process.console import say, while_slow
+from pycopy.process.loop import NEVER_NS, READ, Loop
+from pycopy.process.signals import Signals
+from pycopy.report.ledger import Ledger
+from pycopy.report.view import View
+from pycopy.responses.base import Answers
+from pycopy.responses.elsewhere import ChannelAnswers
+from pycopy.responses.here import OwnAnswers
+from pycopy.session.fates import Count, Fate
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.states import Outcome
 from pycopy.session.table import Table
-from pycopy.signals import Signals
-from pycopy.sources import live
-from pycopy.sources.live import Capture, Tap, Transport
-from pycopy.view import View
+from pycopy.sources.live import Capture, load_captures
+from pycopy.tap import Tap, Transport, choose_transport
+from pycopy.wire.segment import Segment
 
 #: Records taken from a ring before timers and the other inputs get their turn.
 BATCH = 256
@@ -138,7 +141,9 @@ class Replay:
         """With the fast path if this host can have it; if not, say so once, with all that is
         known of the reason."""
         self._heartbeat.open()
-        transport = live.choose_transport(self.config, self._heartbeat)
+        transport = choose_transport(
+            self.config.transport == "perf", self.config.ring_bytes, self._heartbeat
+        )
         why = self._why_no_fastpath()
         if not why:
             try:
@@ -178,7 +183,7 @@ class Replay:
             tap.close()
         self._captures = []
         self._answers.close()
-        self.table.kernel = None
+        self.table.keeper = None
         if self._fastpath is not None:
             self._fastpath.close()
             self._fastpath = None
@@ -208,9 +213,9 @@ class Replay:
         services = [(each.online_addr, each.online_port) for each in config.services]
         devices = find_devices(config.interfaces)
         hook = Hook.XDP if config.hook == "xdp" else Hook.TC_INGRESS
-        self._captures = live.load_captures(
+        self._captures = load_captures(
             devices, services, hook, config.filter, transport, config.forwarded,
-            self._fastpath.kernel if self._fastpath else None, (config.worker, config.workers),
+            self._fastpath.kernel.maps if self._fastpath else None, (config.worker, config.workers),
         )  # fmt: skip
 
     def _capture(self) -> None:
@@ -378,7 +383,7 @@ class Replay:
                 self._watch_host()
         self._notice_lapse()
         limit_mb = self.config.memory_mb
-        self._out_of_memory = bool(limit_mb) and live.own_bytes() > limit_mb << 20
+        self._out_of_memory = bool(limit_mb) and memory.own_bytes() > limit_mb << 20
         if self._out_of_memory:
             self.table.shed(self._payload_bytes, time.monotonic_ns())
         self._open_or_close()
@@ -465,7 +470,7 @@ class Replay:
     def snapshot(self) -> dict[str, dict[str, int | float | str]]:
         """For the view: the ledger, and whether it balances."""
         sections = self.ledger.snapshot()
-        sections["process"] = {"rss_mb": live.rss_bytes() >> 20}
+        sections["process"] = {"rss_mb": memory.rss_bytes() >> 20}
         if self._finished:
             sections["segments"]["balanced"] = "no" if self.ledger.balance() else "yes"
         return sections

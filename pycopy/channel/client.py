@@ -15,7 +15,6 @@ from enum import Enum, IntEnum
 from functools import partial
 from typing import Any
 
-from pycopy.abi import ABI_VERSION, KIND_TARGET, KIND_TOO_BIG, SEGMENT, Segment
 from pycopy.channel import codec
 from pycopy.channel.codec import (
     MAX_KEYS,
@@ -38,7 +37,9 @@ from pycopy.channel.codec import (
 from pycopy.channel.server import version_mismatch
 from pycopy.channel.stream import GREETING_NS, FrameStream
 from pycopy.errors import PeerError
-from pycopy.loop import WRITE, Loop
+from pycopy.kernel.abi import ABI_VERSION
+from pycopy.process.loop import WRITE, Loop
+from pycopy.wire.segment import KIND_TARGET, KIND_TOO_BIG, SEGMENT, Segment
 
 _FIRST_RETRY_NS = 200_000_000
 _LAST_RETRY_NS = 5_000_000_000

@@ -16,7 +16,8 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from pycopy import __version__
-from pycopy.abi import ABI_VERSION, CLAIM_KEY, KEY, SEGMENT_BYTES
+from pycopy.kernel.abi import ABI_VERSION, CLAIM_KEY
+from pycopy.wire.segment import KEY, SEGMENT_BYTES
 
 PROTOCOL = 3
 

@@ -12,7 +12,6 @@ from enum import IntEnum
 from typing import Any
 
 from pycopy import __version__
-from pycopy.abi import ABI_VERSION, SEGMENT_BYTES
 from pycopy.channel import codec
 from pycopy.channel.codec import (
     MAX_RECORDS,
@@ -34,7 +33,9 @@ from pycopy.channel.codec import (
 from pycopy.channel.listen import listen
 from pycopy.channel.routes import Routes
 from pycopy.channel.stream import FrameStream
-from pycopy.loop import NEVER_NS, READ, Loop
+from pycopy.kernel.abi import ABI_VERSION
+from pycopy.process.loop import NEVER_NS, READ, Loop
+from pycopy.wire.segment import SEGMENT_BYTES
 
 DEFAULT_PORT = 36524
 MAX_REPLAYS = 64

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from pycopy.channel.codec import Decoder, Frame, Ping, Pong, ProtocolError, Type
-from pycopy.loop import READ, WRITE, Loop
+from pycopy.process.loop import READ, WRITE, Loop
 
 #: Greeting to be over within this; silence after which a peer counts as dead.
 GREETING_NS = 5_000_000_000

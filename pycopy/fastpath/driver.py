@@ -5,19 +5,21 @@ The driver calls :meth:`FastPath.on_timer` when ``deadline_ns`` is due and
 is counted in the kernel is added to the ledger here, so that it shows nowhere who did it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from pycopy.abi import FastCount, Left
-from pycopy.config import ReplayConfig
-from pycopy.egress import Egress
+from pycopy.command.config import ReplayConfig
+from pycopy.egress.egress import Egress
+from pycopy.fastpath.handover import Keeper, Logged, adopt
 from pycopy.fastpath.kernel import KernelSessions, active
-from pycopy.inet import family_of
-from pycopy.ledger import Count, Fate, Ledger, ResponseFate
-from pycopy.nexthop import Hop, NextHops
+from pycopy.host.nexthop import Hop, NextHops
+from pycopy.kernel.abi import FastCount, KernelSession, Left
+from pycopy.report.ledger import Ledger
 from pycopy.session.addresses import Network
+from pycopy.session.fates import Count, Fate, ResponseFate
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.states import Outcome
 from pycopy.session.table import Table
+from pycopy.wire.address import family_of
 
 #: How often the kernel's sessions are looked at: what an acknowledgement or a timeout may
 #: come late. Waking up for it is most of what a healthy run costs this process.
@@ -115,7 +117,7 @@ class FastPath:
         self._tell()
         self.on_hop_change()
         self.kernel.load(14)
-        table.kernel = self.kernel
+        table.keeper = Keeper(self.kernel)
 
     def use_ports(self, ports: Sequence[int]) -> None:
         self.kernel.use_ports(list(ports))
@@ -185,8 +187,12 @@ class FastPath:
         if now_ns >= self._sweep_at:
             self._sweep_at = now_ns + SWEEP_NS
             self.kernel.sweep()
-        self._table.adopt_all(self.kernel.on_timer(), now_ns)
+        self._adopt(self.kernel.on_timer(), now_ns)
         self.deadline_ns = now_ns + self._pause_ns()
+
+    def _adopt(self, found: Iterable[tuple[KernelSession, list[Logged]]], now_ns: int) -> None:
+        table = self._table
+        table.adopt_all([adopt(table, *each, now_ns) for each in found], now_ns)
 
     def _pause_ns(self) -> int:
         if self.kernel.holding:
@@ -230,7 +236,7 @@ class FastPath:
     def stop(self, now_ns: int) -> None:
         """Every session is user space's from here on: the run ends, or they must."""
         self.kernel.set_closed(True)
-        self._table.adopt_all(self.kernel.fetch_all(), now_ns)
+        self._adopt(self.kernel.fetch_all(), now_ns)
 
     def close(self) -> None:
         self.kernel.close()

@@ -9,14 +9,17 @@ only is changed from here. Nothing here knows the rules.
 import struct
 from collections.abc import Callable, Iterator, Sequence
 
-from pycopy import abi, link, loader, objects
-from pycopy.abi import FastCount, KernelSession, LogRecord
+from pycopy import loader
+from pycopy.fastpath.handover import Logged, unfinished
 from pycopy.fastpath.maps import Maps
-from pycopy.inet import map_address
-from pycopy.nexthop import Hop
+from pycopy.host.nexthop import Hop
+from pycopy.kernel import abi, objects, syscall
+from pycopy.kernel.abi import FastCount, KernelSession, LogRecord
+from pycopy.kernel.module import Module
 from pycopy.session.addresses import Network, first_host, usable_hosts
-from pycopy.session.handover import Logged, unfinished
 from pycopy.session.rules import Rules
+from pycopy.wire.address import map_address
+from pycopy.wire.segment import KEY
 
 from . import maps as maps_module
 
@@ -43,8 +46,8 @@ class KernelSessions:
     def __init__(self, services: int, max_sessions: int, total_log_bytes: int = 0) -> None:
         self.maps = Maps(services, max_sessions, total_log_bytes)
         self._by_name = self.maps.by_name
-        self._module: loader.Module | None = None
-        self._timer: link.RepeatedRun | None = None
+        self._module: Module | None = None
+        self._timer: syscall.RepeatedRun | None = None
         self._config = list(abi.FAST_CONFIG.unpack(bytes(abi.FAST_CONFIG.size)))
         #: Slots of sessions that user space has fetched, by the key towards the target.
         self._fetched: dict[bytes, tuple[int, int]] = {}
@@ -70,7 +73,9 @@ class KernelSessions:
             objects.name_of("fastpath", l2_bytes=l2_bytes, fastpath=True),
             given=self.maps.given, constants=self.maps.constants,
         )  # fmt: skip
-        self._timer = link.RepeatedRun(self._module.program_fds["pycopy_timer"], _MATERIAL, STEPS)
+        self._timer = syscall.RepeatedRun(
+            self._module.program_fds["pycopy_timer"], _MATERIAL, STEPS
+        )
         nobody = bytes(abi.KERNEL_SESSION.size)
         for first in reversed(range(0, self.maps.slots, abi.FILL_SLOTS)):
             self._command(abi.FILL, first, 0, nobody)
@@ -173,7 +178,7 @@ class KernelSessions:
         """What came back with the session, or None if it was not done."""
         assert self._module is not None
         command = abi.COMMAND.pack(request, slot, generation, 0) + state
-        run = link.test_run(self._module.program_fds["pycopy_control"], command, room_bytes=0)
+        run = syscall.test_run(self._module.program_fds["pycopy_control"], command, room_bytes=0)
         return None if run.retval else run.data[abi.COMMAND.size :]
 
     def _logged(self, session: KernelSession, slot: int, generation: int) -> list[Logged]:
@@ -221,7 +226,7 @@ class KernelSessions:
         return True
 
     def _new_slot(self) -> tuple[int, int]:
-        top = link.stack_pop(self._by_name["slots"].fd, 4)
+        top = syscall.stack_pop(self._by_name["slots"].fd, 4)
         if top is None:
             return abi.NO_SLOT, 0
         value = self._by_name["sessions"].lookup(top)
@@ -236,7 +241,7 @@ class KernelSessions:
         ``over_lingering``: one that is over, and only waits for what may come late, gives way.
         """
         targets, flow = self._by_name["targets"], abi.FLOW.pack(abi.NO_SLOT, 0)
-        if link.map_insert(targets.fd, target_key, flow):
+        if syscall.map_insert(targets.fd, target_key, flow):
             return True
         for waiting in (self._leaving, self._gone):
             if target_key in waiting:
@@ -273,7 +278,7 @@ class KernelSessions:
         for online_key in list(self._disowned):
             flows.delete(online_key)
             if is_unread():
-                link.map_insert(flows.fd, online_key, abi.FLOW.pack(abi.NO_SLOT, 0))
+                syscall.map_insert(flows.fd, online_key, abi.FLOW.pack(abi.NO_SLOT, 0))
                 return
             del self._disowned[online_key]
 
@@ -315,7 +320,7 @@ class KernelSessions:
             return
         attention = self._by_name["attention"].fd
         for _ in range(maps_module.ATTENTION_MAX):
-            entry = link.stack_pop(attention, abi.ATTENTION.size)
+            entry = syscall.stack_pop(attention, abi.ATTENTION.size)
             if entry is None:
                 break
             fetched = self.fetch(*abi.ATTENTION.unpack(entry))
@@ -339,7 +344,7 @@ class KernelSessions:
         """Everything that the kernel still has; what lingers after its end is left there."""
         targets = self._by_name["targets"]
         key, keys = None, []
-        while (key := link.map_next_key(targets.fd, key, abi.KEY.size)) is not None:
+        while (key := syscall.map_next_key(targets.fd, key, KEY.size)) is not None:
             keys.append(key)
         for key in keys:
             fetched = self.fetch_target(key)

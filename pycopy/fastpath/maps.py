@@ -1,15 +1,15 @@
 """The maps that the programs of the fast path share (bpf/maps.h), made before any of them.
 
-Their shapes are in pycopy/bpfmaps.py; how many entries they have, the run and the host say.
+Their shapes are in pycopy/kernel/shapes.py; how many entries they have, the run and the host say.
 """
 
 import mmap
 import os
 from collections.abc import Mapping
 
-from pycopy import abi, bpfmaps, link
-from pycopy.abi import Constant
-from pycopy.loader import Map, lift_memory_limit, map_refused
+from pycopy.kernel import abi, shapes, syscall
+from pycopy.kernel.abi import Constant
+from pycopy.kernel.module import Map, lift_memory_limit, map_refused
 
 #: What all logs of sent segments take together unless said otherwise, and one at least.
 LOG_TOTAL_BYTES = 64 << 20
@@ -38,7 +38,7 @@ class Maps:
     """All of them, by the names in bpf/maps.h in small letters; ``close`` gives them up."""
 
     def __init__(self, services: int, max_sessions: int, total_log_bytes: int = 0) -> None:
-        cpus = link.possible_cpus()
+        cpus = syscall.possible_cpus()
         self.cpus = cpus
         self.log_bytes = log_bytes(cpus, total_log_bytes)
         self.slots = min(max_sessions, SLOTS_MAX)
@@ -81,7 +81,7 @@ class Maps:
 
     def _make(self, name: str, entries: int, value_bytes: int) -> None:
         try:
-            self._fds[name] = bpfmaps.make(name, entries, value_bytes)
+            self._fds[name] = shapes.make(name, entries, value_bytes)
         except OSError as error:
             raise map_refused(name, error) from error
 

@@ -20,8 +20,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, Self
 
-from pycopy import guards
 from pycopy.errors import HostUnfit, PycopyError, UsageError
+from pycopy.host import privileges
 
 from . import offloads as _offloads
 from . import processes, sysctls
@@ -48,7 +48,7 @@ _CAP_SYS_ADMIN = 1 << 21
 
 def require_root() -> None:
     """Namespaces need CAP_SYS_ADMIN; say so before half a lab stands."""
-    if os.geteuid() != 0 or not guards.effective_capabilities() & _CAP_SYS_ADMIN:
+    if os.geteuid() != 0 or not privileges.effective_capabilities() & _CAP_SYS_ADMIN:
         container = "" if os.geteuid() else "; a container must be privileged"
         raise HostUnfit(
             "the lab makes network namespaces, which needs root", f"run it with sudo{container}"

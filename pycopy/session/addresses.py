@@ -2,7 +2,7 @@
 
 Three ways, by placement and -c: the online host's own address with a port of a reserved
 range (zero-route mode), the client's own address, or one of a pool. Each answers with the
-36-byte key of the connection to the target (abi.KEY) that nobody uses, or None. Who uses
+36-byte key of the connection to the target (KEY) that nobody uses, or None. Who uses
 what is the table's knowledge, asked through ``is_free``.
 """
 
@@ -13,8 +13,9 @@ from itertools import accumulate
 from typing import Protocol
 from zlib import crc32
 
-from pycopy.abi import KEY
-from pycopy.inet import family_of, map_address
+from pycopy.wire.address import family_of, map_address
+from pycopy.wire.segment import KEY
+from pycopy.wire.seq import MASK
 
 IsFree = Callable[[bytes], bool]
 
@@ -189,3 +190,19 @@ def usable_hosts(net: Network) -> int:
 def first_host(net: Network) -> int:
     """Which address of ``net`` is the first of its :func:`usable_hosts`."""
     return 0 if usable_hosts(net) == net.num_addresses else 1
+
+
+def worker_of(client_port: int, workers: int) -> int:
+    """Which of so many workers has the flows of that port; the twin of is_mine() in capture.c."""
+    mixed = client_port * 0x7FEB352D & MASK
+    mixed ^= mixed >> 15
+    mixed = mixed * 0x846CA68B & MASK
+    mixed ^= mixed >> 16
+    return mixed * workers >> 32
+
+
+def own_ports(worker: int, workers: int) -> Sequence[int]:
+    """Ports that this worker may give copies whose client's own port is taken, rising."""
+    if workers == 1:
+        return PORTS
+    return [port for port in PORTS if worker_of(port, workers) == worker]

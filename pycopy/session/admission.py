@@ -7,15 +7,15 @@ All memory is bounded: what was seen longest ago is forgotten first.
 from typing import TypeVar
 from zlib import crc32
 
-from pycopy.abi import FIN, RST, Segment
-from pycopy.ledger import Fate
-from pycopy.seq import lt
+from pycopy.session.fates import Fate
 from pycopy.session.rules import SECOND, Rules
+from pycopy.wire.segment import FIN, RST, Segment
+from pycopy.wire.seq import lt
 
 #: Connections remembered, for each of the three reasons.
 REMEMBERED_MAX = 65_536
 
-#: The client's address comes first in a connection key (abi.KEY).
+#: The client's address comes first in a connection key (KEY).
 ADDRESS_BYTES = 16
 
 _Value = TypeVar("_Value")

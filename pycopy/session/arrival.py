@@ -7,13 +7,13 @@ sets free is sent at the end of the session's turn.
 
 from typing import TYPE_CHECKING
 
-from pycopy.abi import ACK, FIN, OPT_TIMESTAMPS, OPT_WSCALE, PSH, RST, SYN, Segment
-from pycopy.ledger import Count, ResponseFate
-from pycopy.seq import MASK, diff
 from pycopy.session import losing, receiving, recovery, release
+from pycopy.session.fates import Count, ResponseFate
 from pycopy.session.rules import MS
 from pycopy.session.states import FIN_IN_FLIGHT, MAY_RECEIVE, SAID_ALL, Event, Outcome, State
 from pycopy.session.views import AT_ONCE, NEVER, Target, unwrap
+from pycopy.wire.segment import ACK, FIN, OPT_TIMESTAMPS, OPT_WSCALE, PSH, RST, SYN, Segment
+from pycopy.wire.seq import MASK, diff
 
 if TYPE_CHECKING:  # pragma: no cover
     from pycopy.session.session import Session

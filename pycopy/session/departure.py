@@ -6,11 +6,11 @@ release.py, which are to be repeated by recovery.py; here they are sent.
 
 from typing import TYPE_CHECKING
 
-from pycopy.abi import FIN, PSH, RST, SYN
-from pycopy.ledger import Count, Fate
 from pycopy.session import losing, recovery, release
+from pycopy.session.fates import Count, Fate
 from pycopy.session.states import MAY_SEND, Event, Outcome, State
 from pycopy.session.views import NEVER, NO_POSITION, Chunk, Target
+from pycopy.wire.segment import FIN, PSH, RST, SYN
 
 if TYPE_CHECKING:  # pragma: no cover
     from pycopy.session.session import Session

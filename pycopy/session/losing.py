@@ -8,10 +8,10 @@ why.
 
 from typing import TYPE_CHECKING
 
-from pycopy.abi import FIN, RST
-from pycopy.ledger import Count, Fate
+from pycopy.session.fates import Count, Fate
 from pycopy.session.states import Event, Outcome, State
 from pycopy.session.views import NEVER, NO_POSITION, Chunk, Online, Target
+from pycopy.wire.segment import FIN, RST
 
 if TYPE_CHECKING:  # pragma: no cover
     from pycopy.session.session import Session

@@ -9,7 +9,15 @@ client goes on.
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from pycopy.abi import (
+from pycopy.session.addresses import Addresses, IsFree, other_port
+from pycopy.session.admission import Admission
+from pycopy.session.arrival import MAX_WSCALE, MIN_MSS
+from pycopy.session.fates import Count, Fate
+from pycopy.session.session import Session, drop
+from pycopy.session.states import Outcome, State
+from pycopy.session.views import NO_POSITION, Online, Target
+from pycopy.wire.address import family_of
+from pycopy.wire.segment import (
     ACK,
     KEY,
     OPT_MSS,
@@ -19,15 +27,7 @@ from pycopy.abi import (
     SYN,
     Segment,
 )
-from pycopy.inet import family_of
-from pycopy.ledger import Count, Fate
-from pycopy.seq import MASK
-from pycopy.session.addresses import Addresses, IsFree, other_port
-from pycopy.session.admission import Admission
-from pycopy.session.arrival import MAX_WSCALE, MIN_MSS
-from pycopy.session.session import Session, drop
-from pycopy.session.states import Outcome, State
-from pycopy.session.views import NO_POSITION, Online, Target
+from pycopy.wire.seq import MASK
 
 if TYPE_CHECKING:  # pragma: no cover
     from pycopy.session.table import Table
@@ -209,8 +209,8 @@ class Opening:
         if table.closed_for is not None:
             return table.closed_for
         sessions = len(table.by_target)
-        if table.kernel is not None:
-            sessions += table.kernel.now_active()
+        if table.keeper is not None:
+            sessions += table.keeper.now_active()
         return Fate.REFUSED_SESSION_LIMIT if sessions >= table.rules.max_sessions else None
 
     def _connect(
@@ -236,8 +236,8 @@ class Opening:
         # The client may have begun another connection while this one is being reopened.
         table.by_online.setdefault(key, session)
         table.by_target[target_key] = session
-        if table.kernel is not None:
-            table.kernel.own_online(key)
+        if table.keeper is not None:
+            table.keeper.own_online(key)
         self._admission.over(key)
         table.ledger.counts[Count.SESSIONS] += 1
         table.on_claim(target_key)
@@ -251,7 +251,7 @@ class Opening:
             if session.outcome is None and session.state is not State.TIME_WAIT:
                 return False
             session.expire()
-        return table.kernel is None or table.kernel.claim(target_key, over_lingering=True)
+        return table.keeper is None or table.keeper.claim(target_key, over_lingering=True)
 
     def _is_unused(self, target_key: bytes) -> bool:
         """True if not even a lingering session had ``target_key``.
@@ -262,4 +262,4 @@ class Opening:
         table = self._table
         if target_key in table.by_target:
             return False
-        return table.kernel is None or table.kernel.claim(target_key)
+        return table.keeper is None or table.keeper.claim(target_key)

@@ -8,12 +8,12 @@ session is short beside the ten minutes after which a host may try (RFC 1191 6.3
 
 from typing import TYPE_CHECKING
 
-from pycopy.abi import OPT_TIMESTAMPS, Segment
-from pycopy.ledger import Count, ResponseFate
-from pycopy.seq import MASK
 from pycopy.session import departure
 from pycopy.session.arrival import MIN_MSS, TIMESTAMPS_BYTES
+from pycopy.session.fates import Count, ResponseFate
 from pycopy.session.states import State
+from pycopy.wire.segment import OPT_TIMESTAMPS, Segment
+from pycopy.wire.seq import MASK
 
 if TYPE_CHECKING:  # pragma: no cover
     from pycopy.session.session import Session

@@ -34,10 +34,10 @@ case; and where both servers answer alike it holds in the very turn in which the
 is complete. (The original waits 1.5 to 2 round trips after the last response segment.)
 """
 
-from pycopy.seq import MASK
 from pycopy.session.rules import Rules
 from pycopy.session.stream import HORIZON_BYTES
 from pycopy.session.views import NEVER, NO_POSITION, Chunk, Online, Target
+from pycopy.wire.seq import MASK
 
 
 def owed_bytes(target: Target, chunk: Chunk) -> int:

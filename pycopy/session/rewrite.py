@@ -4,10 +4,10 @@ The only place where sequence numbers, acknowledgements, timestamps and options 
 header bytes. Still no I/O: the caller owns buffer, next hop and socket.
 """
 
-from pycopy import wire
-from pycopy.abi import ACK, OPT_SACK_PERM, OPT_TIMESTAMPS, OPT_WSCALE, RST, SYN
-from pycopy.seq import MASK
 from pycopy.session.session import Emission, Session
+from pycopy.wire import headers
+from pycopy.wire.segment import ACK, OPT_SACK_PERM, OPT_TIMESTAMPS, OPT_WSCALE, RST, SYN
+from pycopy.wire.seq import MASK
 
 #: The window we offer, scaled as the client's SYN says: nobody reads, so there is always room.
 WINDOW_FIELD = 0xFFFF
@@ -26,7 +26,7 @@ def options_of(session: Session, flags: int, tsval: int) -> bytes:
     used = target.options
     timestamps = used & OPT_TIMESTAMPS
     if flags & SYN:
-        return wire.syn_options(
+        return headers.syn_options(
             target.mss,
             target.rcv_wscale if used & OPT_WSCALE else None,
             bool(used & OPT_SACK_PERM),
@@ -40,11 +40,11 @@ def options_of(session: Session, flags: int, tsval: int) -> bytes:
             ((target.irs + start) & MASK, (target.irs + end) & MASK)
             for start, end in target.early[:MAX_SACK_BLOCKS]
         ]
-        return wire.sack_options(blocks, tsval if timestamps else None, target.ts_recent)
-    return wire.data_options(tsval, target.ts_recent) if timestamps else b""
+        return headers.sack_options(blocks, tsval if timestamps else None, target.ts_recent)
+    return headers.data_options(tsval, target.ts_recent) if timestamps else b""
 
 
-def write(buffer: bytearray, emission: Emission, flow: wire.Flow, l2: bytes, mtu: int) -> int:
+def write(buffer: bytearray, emission: Emission, flow: headers.Flow, l2: bytes, mtu: int) -> int:
     """Write all headers of ``emission`` into ``buffer``; return their length in bytes.
 
     ``mtu`` is the path's: the largest payload of one frame is what the target accepts
@@ -52,8 +52,8 @@ def write(buffer: bytearray, emission: Emission, flow: wire.Flow, l2: bytes, mtu
     """
     session, flags, seq, ack, tsval, data = emission
     options = options_of(session, flags, tsval)
-    headers = 40 if session.family == 4 else 60
-    mss = min(session.target.mss, mtu - headers) - len(options)
-    return wire.write_frame(
+    header_bytes = 40 if session.family == 4 else 60
+    mss = min(session.target.mss, mtu - header_bytes) - len(options)
+    return headers.write_frame(
         buffer, flow, l2, seq, ack, flags, WINDOW_FIELD, options, len(data), mss
     )

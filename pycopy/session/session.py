@@ -11,14 +11,14 @@ not open another: the host does (``reopen``), since a connection is what a sessi
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from pycopy.abi import ACK, FIN, RST, SYN, Segment
-from pycopy.ledger import Fate, Ledger, ResponseFate
-from pycopy.seq import MASK
 from pycopy.session import arrival, departure, losing, pathmtu, receiving, release, stream
+from pycopy.session.fates import Fate, ResponseFate, Tallies
 from pycopy.session.rules import MS, Rules
 from pycopy.session.states import TRANSITIONS, Event, Outcome, State
 from pycopy.session.stream import Offer
 from pycopy.session.views import AT_ONCE, NEVER, NO_POSITION, Chunk, Online, Target, unwrap
+from pycopy.wire.segment import ACK, FIN, RST, SYN, Segment
+from pycopy.wire.seq import MASK
 
 
 class Emission(NamedTuple):
@@ -36,7 +36,7 @@ class Host(Protocol):
     """What a session needs of the table it lives in."""
 
     rules: Rules
-    ledger: Ledger
+    ledger: Tallies
     outbox: list[Emission]
     on_claim: Callable[[bytes], None]
     closed_for: Fate | None
@@ -365,7 +365,7 @@ class Session:
         self.host.outbox.append(tuple.__new__(Emission, (self, flags, seq, ack, tsval, data)))
 
 
-def drop(chunks: Sequence[Chunk], fate: Fate, ledger: Ledger) -> None:
+def drop(chunks: Sequence[Chunk], fate: Fate, ledger: Tallies) -> None:
     """What was held will not be sent. A FIN or RST without data has had its effect already."""
     for chunk in chunks:
         ledger.fates[Fate.HELD] -= chunk.records

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from enum import Enum, auto
 from operator import attrgetter
 
-from pycopy.abi import FIN
 from pycopy.session.views import NO_POSITION, Chunk, Online
+from pycopy.wire.segment import FIN
 
 _BY_POSITION = attrgetter("pos")
 

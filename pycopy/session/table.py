@@ -1,7 +1,7 @@
 """All sessions of a run: lookup, timers, the way into the kernel and back.
 
 Still sans-IO: the driver feeds it segments and the time and takes :attr:`Table.outbox`
-away. A session is found by two keys of 36 bytes (abi.KEY): its connection online and the
+away. A session is found by two keys of 36 bytes (KEY): its connection online and the
 one to the target. How one begins, and whether it may, is opening.py's business.
 """
 
@@ -9,16 +9,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 
-from pycopy.abi import FIN, KIND_TOO_BIG, RST, SYN, KernelSession, Segment
-from pycopy.ledger import Count, Fate, Ledger, ResponseFate
-from pycopy.seq import MASK
 from pycopy.session.addresses import Addresses
-from pycopy.session.handover import Kernel, Logged, adopt, describe, may_give
+from pycopy.session.fates import Count, Fate, ResponseFate, Tallies
+from pycopy.session.keeper import Keeper
 from pycopy.session.opening import Opening
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.session import Emission, Session
 from pycopy.session.states import Outcome, State
 from pycopy.session.views import NEVER, Online
+from pycopy.wire.segment import FIN, KIND_TOO_BIG, RST, SYN, Segment
+from pycopy.wire.seq import MASK
 
 #: How often the long limits of all sessions are looked at, and how many in one turn: a
 #: hundred thousand at once would hold up the traffic.
@@ -34,7 +34,7 @@ class Table:
     """See the module. ``services[i]`` is (target address, 16 bytes; target port)."""
 
     def __init__(
-        self, rules: Rules, ledger: Ledger, addresses: Addresses,
+        self, rules: Rules, ledger: Tallies, addresses: Addresses,
         services: Sequence[tuple[bytes, int]], path_mss: Callable[[bytes], int], start_ns: int,
     ) -> None:  # fmt: skip
         self.rules = rules
@@ -51,7 +51,7 @@ class Table:
         self.closed_for: Fate | None = None
         self._opening = Opening(self, addresses, services, path_mss, start_ns)
         #: Who keeps the healthy sessions; None: all are here.
-        self.kernel: Kernel | None = None
+        self.keeper: Keeper | None = None
         #: Sessions that have become quiet: the kernel may have them.
         self._calm: dict[Session, None] = {}
         #: (deadline, tie-breaker, session). An entry is stale unless it is the session's
@@ -72,8 +72,8 @@ class Table:
             counts[Count.PAYLOAD] += 1
             counts[Count.PAYLOAD_BYTES] += len(payload)
         session = self.by_online.get(seg.key)
-        if session is None and self.kernel is not None:
-            session = self._adopt(self.kernel.fetch_online(seg.key), now_ns)
+        if session is None and self.keeper is not None:
+            session = self._adopt(self.keeper.fetch_online(seg.key, self, now_ns), now_ns)
         if seg.tcp_flags & SYN:
             counts[Count.SYN] += 1
             self._opening.on_syn(session, seg, payload, now_ns)
@@ -94,8 +94,8 @@ class Table:
         if flags & (FIN | RST):
             counts[Count.RESPONSE_FIN if flags & FIN else Count.RESPONSE_RST] += 1
         session = self.by_target.get(seg.key)
-        if session is None and self.kernel is not None:
-            session = self._adopt(self.kernel.fetch_target(seg.key), now_ns)
+        if session is None and self.keeper is not None:
+            session = self._adopt(self.keeper.fetch_target(seg.key, self, now_ns), now_ns)
         if session is None:
             ledger.responses[ResponseFate.UNKNOWN] += 1
         elif seg.kind == KIND_TOO_BIG:
@@ -113,12 +113,9 @@ class Table:
 
     # -- sessions that come from the kernel, and go back ------------------------------------
 
-    def _adopt(
-        self, found: tuple[KernelSession, list[Logged]] | None, now_ns: int
-    ) -> Session | None:
-        if found is None:
+    def _adopt(self, session: Session | None, now_ns: int) -> Session | None:
+        if session is None:
             return None
-        session = adopt(self, *found, now_ns)
         self.by_online.setdefault(session.key, session)
         self.by_target[session.target_key] = session
         self.on_claim(session.target_key)
@@ -127,31 +124,28 @@ class Table:
         self.schedule(session)
         return session
 
-    def adopt_all(self, found: Iterable[tuple[KernelSession, list[Logged]]], now_ns: int) -> None:
-        """Go on with what the kernel has handed over without a segment to go with it."""
-        for each in found:
-            session = self._adopt(each, now_ns)
-            assert session is not None
+    def adopt_all(self, sessions: Iterable[Session], now_ns: int) -> None:
+        """Go on with what the keeper has handed over without a segment to go with it."""
+        for session in sessions:
+            self._adopt(session, now_ns)
             session.on_sweep(now_ns)
             if session.outcome is None:
                 session.on_timer(now_ns)
                 self._look_whether_calm(session)
 
     def _look_whether_calm(self, session: Session) -> None:
-        if self.kernel is not None and may_give(session):
+        if self.keeper is not None and self.keeper.may_give(session):
             self._calm[session] = None
 
     def give_back(self) -> None:
-        """Let the kernel have what is quiet. Call it when nothing captured is left unread, and
+        """Let the keeper have what is quiet. Call it when nothing captured is left unread, and
         what was to be sent is sent.
         """
         calm, self._calm = self._calm, {}
         for session in calm:
             key, target_key = session.key, session.target_key
             mine = self.by_target.get(target_key) is session is self.by_online.get(key)
-            if not mine or not may_give(session) or self.kernel is None:
-                continue
-            if self.kernel.give(describe(session)):
+            if mine and self.keeper is not None and self.keeper.give(session):
                 del self.by_online[key], self.by_target[target_key]
                 session.scheduled_ns = NEVER
                 self.on_give(target_key)
@@ -179,8 +173,8 @@ class Table:
 
     def disown(self, key: bytes) -> None:
         """The connection ``key`` has no session here: the kernel may open its next one."""
-        if self.kernel is not None:
-            self.kernel.disown_online(key)
+        if self.keeper is not None:
+            self.keeper.disown_online(key)
 
     def linger(self, session: Session, until_ns: int) -> None:
         """Hand it the target's segments until then, and call ``expire``."""

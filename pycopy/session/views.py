@@ -12,8 +12,8 @@ These are structs, not actors: the rules live in stream, release, receiving, rec
 
 from collections.abc import Sequence
 
-from pycopy.abi import FIN
-from pycopy.seq import MASK, diff
+from pycopy.wire.segment import FIN
+from pycopy.wire.seq import MASK, diff
 
 #: A deadline that never comes (CLOCK_MONOTONIC nanoseconds).
 NEVER = 1 << 62

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pycopy import link
 from pycopy.errors import HostUnfit
+from pycopy.kernel import syscall
 from pycopy.lab.topology import ROLES
 
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -96,15 +96,15 @@ class Programs:
             for ident in _program_ids(pid):
                 if ident not in self._fds:
                     with contextlib.suppress(OSError):
-                        self._fds[ident] = link.program_fd_by_id(ident)
+                        self._fds[ident] = syscall.program_fd_by_id(ident)
 
     def ran(self) -> tuple[int, int]:
         """Nanoseconds and number of runs so far; they stand still without statistics."""
-        infos = [link.program_info(fd) for fd in self._fds.values()]
+        infos = [syscall.program_info(fd) for fd in self._fds.values()]
         return sum(info.run_time_ns for info in infos), sum(info.run_count for info in infos)
 
     def names(self) -> list[str]:
-        return sorted(link.program_info(fd).name for fd in self._fds.values())
+        return sorted(syscall.program_info(fd).name for fd in self._fds.values())
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -126,7 +126,7 @@ def _program_ids(pid: int) -> set[int]:
 @contextlib.contextmanager
 def run_statistics(on: bool) -> Any:
     """The kernel times every run of every BPF program; costs about 0.05 us a run."""
-    fd = link.enable_run_stats() if on else -1
+    fd = syscall.enable_run_stats() if on else -1
     try:
         yield
     finally:

@@ -12,26 +12,15 @@ What BPF_PROG_TEST_RUN cannot take, user space gets as a record; :attr:`Pair.dir
 from collections import Counter
 from types import SimpleNamespace
 
-from pycopy import abi, link
-from pycopy.abi import (
-    KEY,
-    KIND_CLIENT,
-    KIND_TOO_BIG,
-    KNOWN_OVERLAP,
-    OPT_TIMESTAMPS,
-    RST,
-    SYN,
-    CaptureCount,
-    FastCount,
-    KernelSession,
-    Left,
-    Owner,
-)
 from pycopy.fastpath.driver import SWEEP_NS, add_to
+from pycopy.fastpath.handover import Keeper, adopt
 from pycopy.fastpath.kernel import active
-from pycopy.ledger import Fate
+from pycopy.kernel import abi, syscall
+from pycopy.kernel.abi import KNOWN_OVERLAP, CaptureCount, FastCount, KernelSession, Left, Owner
+from pycopy.session.fates import Fate
 from pycopy.session.rules import SECOND
 from pycopy.session.states import State
+from pycopy.wire.segment import KEY, KIND_CLIENT, KIND_TOO_BIG, OPT_TIMESTAMPS, RST, SYN
 from tests.bpf.fastpath import OURS_L2, SLOTS
 from tests.bpf.harness import TC_CONTINUE, TC_MAX_BYTES, TC_SHOT
 from tests.bpf.segments import frame_of, read
@@ -85,7 +74,7 @@ class Pair(Script):
                 source=bytes(16), destination=self.target_addr,
             )  # fmt: skip
             self.kernel.set_hop(service, hop, family, 80 + service, 1460)
-        self.table.kernel = self.kernel
+        self.table.keeper = Keeper(self.kernel)
         self.table.on_release = self.kernel.release
         self._adopt, self.table._adopt = self.table._adopt, self.adopt
 
@@ -95,6 +84,10 @@ class Pair(Script):
         if session is not None:
             self.latest(session.target_key).session = session
         return session
+
+    def adopt_all(self, found):
+        """What the timer, or somebody else's wish, hands over."""
+        self.table.adopt_all((adopt(self.table, *each, self.now_ns) for each in found), self.now_ns)
 
     # -- the kernel's side ---------------------------------------------------------------------
 
@@ -186,7 +179,7 @@ class Pair(Script):
             self.kernel.sweep()
         found = list(self.kernel.on_timer())
         self.take()
-        self.table.adopt_all(found, self.now_ns)
+        self.adopt_all(found)
         super().collect()
         if self.table.deadline_ns() <= self.now_ns:
             self.table.on_time(self.now_ns)
@@ -201,7 +194,7 @@ class Pair(Script):
     def collect(self):
         super().collect()
         if self.shuttle:
-            self.table.adopt_all(self.kernel.fetch_all(), self.now_ns)
+            self.adopt_all(self.kernel.fetch_all())
             super().collect()
         self.turn()
 
@@ -221,7 +214,7 @@ class Pair(Script):
             return
         counts = self.programs.capture.maps["counts"]
         idle = counts.sum_percpu(CaptureCount.PURE_ACK)
-        run = link.test_run(self.programs.capture.program_fd, frame)
+        run = syscall.test_run(self.programs.capture.program_fd, frame)
         if (run.retval, run.data) != (TC_CONTINUE, frame):
             raise Failed(f"the client's packet did not pass unchanged: {run}")
         known = self.kernel.maps.by_name["flows"].lookup(seg.key) is not None
@@ -242,7 +235,7 @@ class Pair(Script):
             self.direct += 1
             self.table.on_target(seg, self.now_ns)
             return
-        run = link.test_run(self.programs.intercept.program_fd, frame, room_bytes=1 << 14)
+        run = syscall.test_run(self.programs.intercept.program_fd, frame, room_bytes=1 << 14)
         if run.retval == TC_REDIRECT:
             self.take([run.data])
         elif run.retval == TC_SHOT:
@@ -267,7 +260,7 @@ class Pair(Script):
         super().star_rule(name, value)
         self.kernel.configure(self.rules)
         if name in ENGINE_RULES:
-            self.table.kernel = None
+            self.table.keeper = None
         if self.rules.sample_percent < 100 or self.rules.ramp or name in ENGINE_RULES:
             self.kernel.set_closed(True)
         if name == "max_sessions":
@@ -295,7 +288,7 @@ class Pair(Script):
 
     def star_lower_mss(self, mss):
         # Only what user space sends can be too big for the device: the kernel looks before.
-        self.table.adopt_all(self.kernel.fetch_all(), self.now_ns)
+        self.adopt_all(self.kernel.fetch_all())
         connection = self.connections[0]
         connection.session = self.table.by_target[connection.key]
         super().star_lower_mss(mss)
@@ -334,7 +327,7 @@ class Pair(Script):
             self.in_kernel = now[FastCount.CLIENT] + now[FastCount.RESPONSES]
             self.alone = not (self.direct or self.user or now[FastCount.TAKEN])
         self.kernel.set_closed(True)
-        self.table.adopt_all(self.kernel.fetch_all(), self.now_ns)
+        self.adopt_all(self.kernel.fetch_all())
         super().star_end()
         self.ended = True
 
@@ -355,7 +348,7 @@ class Pair(Script):
         left = [
             name
             for name in ("targets", "flows")
-            if link.map_next_key(self.kernel.maps.by_name[name].fd, None, KEY.size) is not None
+            if syscall.map_next_key(self.kernel.maps.by_name[name].fd, None, KEY.size) is not None
         ]
         free = self.programs.slots() + self.spare_slots
         self.programs.add_slots(free)

@@ -14,10 +14,11 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
-from pycopy import abi, link
-from pycopy.abi import FastCount, KernelSession
 from pycopy.fastpath.kernel import KernelSessions
+from pycopy.kernel import abi, syscall
+from pycopy.kernel.abi import FastCount, KernelSession
 from pycopy.session.rules import Rules
+from pycopy.wire.segment import KEY
 from tests.bpf.frames import CLIENT, CLIENT6, SERVER, SERVER6, SYN_OPTIONS, tcp
 from tests.bpf.harness import TC_CONTINUE, TC_SHOT, Capture, Intercept, mapped, sh
 
@@ -121,7 +122,7 @@ class Bench:
 
     def response(self, frame):
         """The target's frame, swallowed: what leaves for the target because of it."""
-        run = link.test_run(self.intercept.module.program_fd, frame, room_bytes=4096)
+        run = syscall.test_run(self.intercept.module.program_fd, frame, room_bytes=4096)
         assert run.retval in (TC_SHOT, TC_REDIRECT), run.retval
         return self.wire.read() + ([run.data] if run.retval == TC_REDIRECT else [])
 
@@ -160,10 +161,10 @@ class Bench:
     def free_slots(self):
         """How many there are; all are put back."""
         stack, slots = self.kernel.maps.by_name["slots"].fd, []
-        while (slot := link.stack_pop(stack, 4)) is not None:
+        while (slot := syscall.stack_pop(stack, 4)) is not None:
             slots.append(slot)
         for slot in reversed(slots):
-            link.stack_push(stack, [int.from_bytes(slot, "little")])
+            syscall.stack_push(stack, [int.from_bytes(slot, "little")])
         assert len(set(slots)) == len(slots), "a slot is free twice"
         return len(slots)
 
@@ -275,7 +276,7 @@ class Connection:
 
     def state(self):
         """The kernel's session of this connection."""
-        key = abi.KEY.pack(
+        key = KEY.pack(
             mapped(OURS[self.family]), mapped(TARGET[self.family]), self.copy_port, TARGET_PORT
         )
         return next(each for each in self.bench.sessions()

@@ -9,9 +9,9 @@ import select
 import socket
 import time
 
-from pycopy import abi, link
-from pycopy.abi import KEY
 from pycopy.fastpath.kernel import KernelSessions
+from pycopy.kernel import abi, syscall
+from pycopy.wire.segment import KEY
 from tests.bpf.harness import Capture, Intercept, sh
 from tests.sessions.runner import Failed
 
@@ -40,7 +40,7 @@ class Programs:
         self.taps = capture, intercept
         self.kernel.load(14)
         self.numbers = itertools.count(1)
-        self.counts_bytes = 8 * abi.FAST_COUNTS * link.possible_cpus()
+        self.counts_bytes = 8 * abi.FAST_COUNTS * syscall.possible_cpus()
 
     def frames(self, number):
         """That many frames off the wire: they are there, or on their way across the device."""
@@ -58,7 +58,7 @@ class Programs:
     def slots(self):
         """Take all that are free."""
         free = []
-        while (slot := link.stack_pop(self.kernel.maps.by_name["slots"].fd, 4)) is not None:
+        while (slot := syscall.stack_pop(self.kernel.maps.by_name["slots"].fd, 4)) is not None:
             free.append(slot)
         return free
 
@@ -67,7 +67,7 @@ class Programs:
         self.kernel.set_clock(1 << 60)
         for name in ("targets", "flows"):
             table = self.kernel.maps.by_name[name]
-            while (key := link.map_next_key(table.fd, None, KEY.size)) is not None:
+            while (key := syscall.map_next_key(table.fd, None, KEY.size)) is not None:
                 table.delete(key)
         self.kernel.sweep()
         list(self.kernel.on_timer())
@@ -80,7 +80,9 @@ class Programs:
 
     def add_slots(self, slots):
         for slot in slots:
-            link.stack_push(self.kernel.maps.by_name["slots"].fd, [int.from_bytes(slot, "little")])
+            syscall.stack_push(
+                self.kernel.maps.by_name["slots"].fd, [int.from_bytes(slot, "little")]
+            )
 
     def close(self):
         for tap in self.taps:

@@ -11,10 +11,13 @@ import struct
 import subprocess
 import time
 
-from pycopy import abi, link
-from pycopy.abi import CaptureCount, InterceptCount
-from pycopy.loader import Hook, make_map
-from pycopy.sources.live import Services, Settings, Tap, Transport, load_tap
+from pycopy.kernel import abi, syscall
+from pycopy.kernel.abi import CaptureCount, InterceptCount
+from pycopy.kernel.attach import Hook
+from pycopy.kernel.module import make_map
+from pycopy.sources.live import Services
+from pycopy.tap import Settings, Tap, Transport, load_tap
+from pycopy.wire.segment import FIN, KEY, KIND_CLIENT, KIND_TARGET, RST, SYN
 from tests.bpf.oracle import FRAGMENT, MALFORMED, TRUNCATED, WHOLE, look
 
 RING_BYTES = 1 << 22
@@ -35,7 +38,7 @@ ANYBODYS_FIRST = struct.pack("=I", abi.PORT_ANYBODYS)
 def heartbeat(beat_ns=(1 << 64) - 1):
     """A map that says when user space was heard of last; as it is: it always will have been."""
     fd = make_map("heartbeat")
-    link.map_update(fd, bytes(4), beat_ns.to_bytes(8, "little"))
+    syscall.map_update(fd, bytes(4), beat_ns.to_bytes(8, "little"))
     return fd
 
 
@@ -60,14 +63,15 @@ class Program:
         transport = Transport(ring_bytes, perf, {"heartbeat": self.beats})
         self.tap = load_tap(
             role, l2_bytes, Hook.XDP if hook == "xdp" else Hook.TC_INGRESS, transport,
-            Settings(**settings), Tap, kernel, expression=expression, given=given, entries=entries,
+            Settings(**settings), Tap, kernel and kernel.maps, expression=expression, given=given,
+            entries=entries,
         )  # fmt: skip
         self.module, self.ring = self.tap.module, self.tap.ring
         self.maps = self.module.maps
         self.changed = {}
 
     def beat(self, beat_ns):
-        link.map_update(self.beats, bytes(4), beat_ns.to_bytes(8, "little"))
+        syscall.map_update(self.beats, bytes(4), beat_ns.to_bytes(8, "little"))
 
     def close(self):
         self.tap.close()
@@ -82,7 +86,7 @@ class Program:
     def call(self, frame):
         """One run: the verdict. Bytes and balance are checked, `changed` is what was counted."""
         before = self.counts()
-        result = link.test_run(self.module.program_fd, frame)
+        result = syscall.test_run(self.module.program_fd, frame)
         assert result.data == frame, "the packet came back changed"
         after = self.counts()
         self.changed = {
@@ -98,7 +102,7 @@ class Capture(Program):
         everywhere = services == EVERY_PORT
         maps = Services([] if everywhere else services, forwarded)
         for port in range(1 << 16) if everywhere else ():
-            link.map_update(maps.given["service_ports"], struct.pack("=I", port), ANYBODYS_FIRST)
+            syscall.map_update(maps.given["service_ports"], struct.pack("=I", port), ANYBODYS_FIRST)
         super().__init__("capture", hook, CaptureCount, given=maps.given, **more)
         maps.close()
 
@@ -145,7 +149,7 @@ class Intercept(Program):
 
     def own(self, client, server, client_port, server_port):
         """Self placement: that connection is a copy."""
-        self.maps["ours"].update(abi.KEY.pack(client, server, client_port, server_port), b"\1")
+        self.maps["ours"].update(KEY.pack(client, server, client_port, server_port), b"\1")
 
     @staticmethod
     def check_balance(counts):
@@ -196,17 +200,17 @@ def expected_fate(seen, ports=None):
         return None
     if seen.fate != WHOLE:
         return {TRUNCATED: CaptureCount.TRUNCATED, MALFORMED: CaptureCount.MALFORMED}[seen.fate]
-    wanted = seen.payload or seen.fields["tcp_flags"] & (abi.SYN | abi.FIN | abi.RST)
+    wanted = seen.payload or seen.fields["tcp_flags"] & (SYN | FIN | RST)
     return CaptureCount.CAPTURED if wanted else CaptureCount.PURE_ACK
 
 
-def check_record(record, frame, *, kind=abi.KIND_CLIENT, service=0, l2_bytes=14):
+def check_record(record, frame, *, kind=KIND_CLIENT, service=0, l2_bytes=14):
     """Every field of a record against the oracle's reading of the frame."""
     segment, payload = record
     seen = look(frame, l2_bytes)
     assert seen.fate == WHOLE
     sides = [(seen.src, seen.sport), (seen.dst, seen.dport)]
-    if kind == abi.KIND_TARGET:
+    if kind == KIND_TARGET:
         sides.reverse()
     (client, client_port), (server, server_port) = sides
     got = segment._asdict()
@@ -216,13 +220,13 @@ def check_record(record, frame, *, kind=abi.KIND_CLIENT, service=0, l2_bytes=14)
     assert not any(sack_words[2 * blocks :])
     assert abs(time.monotonic_ns() - got.pop("time_ns")) < 60_000_000_000
     expected = {name: value for name, value in seen.fields.items() if name != "sack"}
-    captured = seen.payload if kind == abi.KIND_CLIENT else b""
+    captured = seen.payload if kind == KIND_CLIENT else b""
     assert got == {
         **expected,
         "kind": kind,
         "service": service,
         "payload_bytes": len(captured),
-        "key": abi.KEY.pack(client, server, client_port, server_port),
+        "key": KEY.pack(client, server, client_port, server_port),
     }
     assert payload == captured
 

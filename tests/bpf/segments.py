@@ -1,26 +1,19 @@
 """A struct pycopy_segment as the frame that carries it, and a frame as what it says.
 
 The other way round from bpf/parse.h and bpf/emit.h, and by the RFCs alone: nothing of
-pycopy.wire is used, so that a mistake of one side is not one of the other side as well.
+pycopy.wire.headers is used, so that a mistake of one side is not one of the other side as well.
 """
 
 import struct
 from typing import NamedTuple
 
-from pycopy.abi import (
-    KEY,
-    KIND_CLIENT,
-    OPT_MSS,
-    OPT_SACK_PERM,
-    OPT_TIMESTAMPS,
-    OPT_WSCALE,
-)
+from pycopy.wire.segment import KEY, KIND_CLIENT, OPT_MSS, OPT_SACK_PERM, OPT_TIMESTAMPS, OPT_WSCALE
 
 MAPPED = bytes(10) + b"\xff\xff"
 
 
 class Frame(NamedTuple):
-    """What was sent; ``key`` is that of the connection to the target (abi.KEY)."""
+    """What was sent; ``key`` is that of the connection to the target (KEY)."""
 
     l2: bytes
     key: bytes

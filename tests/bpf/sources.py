@@ -5,8 +5,8 @@ import os
 import warnings
 from pathlib import Path
 
-from pycopy.loader import Map
-from pycopy.objects import bpf_dir
+from pycopy.kernel.module import Map
+from pycopy.kernel.objects import bpf_dir
 
 
 class Loaded:

@@ -1,10 +1,25 @@
-"""bpf/pycopy.h against pycopy/abi.py: what the compiler made of the one, and the other."""
+"""bpf/pycopy.h against pycopy/kernel/abi.py: what the compiler made of the one, and the other."""
 
 import re
 import struct
 
-from pycopy import abi, bpfmaps, ledger, link, objects
+from pycopy.kernel import abi, objects, shapes, syscall
+from pycopy.report import ledger
+from pycopy.session.fates import HOLD_BUCKETS_US
 from pycopy.session.states import State
+from pycopy.wire.segment import (
+    KEY,
+    KIND_CLIENT,
+    KIND_TARGET,
+    OPT_MSS,
+    OPT_SACK_PERM,
+    OPT_TIMESTAMPS,
+    OPT_WSCALE,
+    PIECE_BYTES,
+    SEGMENT,
+    SEGMENT_BYTES,
+    Segment,
+)
 from tests.bpf.sources import load
 
 #: Width in bytes of each letter of a struct format.
@@ -27,7 +42,7 @@ int pycopy_facts(PYCOPY_CTX *ctx)
 """
     )
     module = load(source)
-    link.test_run(module.program_fd, bytes(64))
+    syscall.test_run(module.program_fd, bytes(64))
     values = [
         struct.unpack("=Q", module.maps["facts"].lookup(struct.pack("=I", index)))[0]
         for index in range(len(expressions))
@@ -64,15 +79,15 @@ def check_layout(tmp_path, c_name, packed, names):
 
 
 def test_segment(tmp_path):
-    check_layout(tmp_path, "pycopy_segment", abi.SEGMENT, abi.Segment._fields)
-    assert abi.SEGMENT_BYTES == 112
+    check_layout(tmp_path, "pycopy_segment", SEGMENT, Segment._fields)
+    assert SEGMENT_BYTES == 112
 
 
 def test_key(tmp_path):
     names = ("client_addr", "server_addr", "client_port", "server_port")
-    check_layout(tmp_path, "pycopy_key", abi.KEY, names)
+    check_layout(tmp_path, "pycopy_key", KEY, names)
     # A record's key is compared as bytes with what KEY packs: no padding anywhere.
-    assert abi.KEY.size == 36
+    assert KEY.size == 36
 
 
 def test_claim_key(tmp_path):
@@ -93,24 +108,24 @@ def test_every_map_has_its_number():
     text = (objects.bpf_dir() / "pycopy.h").read_text()
     body = text[text.index("enum pycopy_map {") :]
     names = re.findall(r"PYCOPY_MAP_(\w+)", body[: body.index("};")])
-    assert [name.lower() for name in names] == list(bpfmaps.SHAPES)
+    assert [name.lower() for name in names] == list(shapes.SHAPES)
 
 
 def test_segment_has_no_padding(tmp_path):
     """Padding would carry kernel memory to user space, and over the channel."""
-    assert sum(width for _, width in layout(abi.SEGMENT, abi.Segment._fields).values()) == 112
+    assert sum(width for _, width in layout(SEGMENT, Segment._fields).values()) == 112
 
 
 def test_constants(tmp_path):
     expected = {
         "PYCOPY_ABI_VERSION": abi.ABI_VERSION,
-        "PYCOPY_CLIENT": abi.KIND_CLIENT,
-        "PYCOPY_TARGET": abi.KIND_TARGET,
-        "PYCOPY_OPT_MSS": abi.OPT_MSS,
-        "PYCOPY_OPT_WSCALE": abi.OPT_WSCALE,
-        "PYCOPY_OPT_SACK_PERM": abi.OPT_SACK_PERM,
-        "PYCOPY_OPT_TIMESTAMPS": abi.OPT_TIMESTAMPS,
-        "PYCOPY_PIECE_BYTES": abi.PIECE_BYTES,
+        "PYCOPY_CLIENT": KIND_CLIENT,
+        "PYCOPY_TARGET": KIND_TARGET,
+        "PYCOPY_OPT_MSS": OPT_MSS,
+        "PYCOPY_OPT_WSCALE": OPT_WSCALE,
+        "PYCOPY_OPT_SACK_PERM": OPT_SACK_PERM,
+        "PYCOPY_OPT_TIMESTAMPS": OPT_TIMESTAMPS,
+        "PYCOPY_PIECE_BYTES": PIECE_BYTES,
         "PYCOPY_PASS": abi.PASS,
         "PYCOPY_SWALLOW": abi.SWALLOW,
         "PYCOPY_RELAY": abi.RELAY,
@@ -133,7 +148,7 @@ def test_constants(tmp_path):
         "PYCOPY_PENDING_SLOTS": abi.PENDING_SLOTS,
         "sizeof(struct pycopy_pending)": abi.PENDING_SLOTS,
         **{f"PYCOPY_CONSTANT_{each.name}": each.value for each in abi.Constant},
-        **{f"PYCOPY_MAP_{name.upper()}": number for name, number in bpfmaps.NUMBERS.items()},
+        **{f"PYCOPY_MAP_{name.upper()}": number for name, number in shapes.NUMBERS.items()},
         **{f"PYCOPY_CAP_{kind.name}": kind.value for kind in abi.CaptureCount},
         **{f"PYCOPY_INT_{kind.name}": kind.value for kind in abi.InterceptCount},
     }
@@ -156,7 +171,7 @@ RELAY_ENTRY = (
 
 def test_relay_and_datagram(tmp_path):
     check_layout(tmp_path, "pycopy_relay", abi.RELAY_ENTRY, RELAY_ENTRY)
-    packed = struct.Struct(f"{abi.DATAGRAM_HEAD.format}{abi.SEGMENT_BYTES}s")
+    packed = struct.Struct(f"{abi.DATAGRAM_HEAD.format}{SEGMENT_BYTES}s")
     check_layout(
         tmp_path, "pycopy_datagram", packed, ("cookie", "junk", "kind", "reserved", "segment")
     )
@@ -238,5 +253,5 @@ def test_constants_of_the_kernels_sessions(tmp_path):
 
 
 def test_every_bucket_of_the_ledgers_histogram_is_counted():
-    assert abi.HOLD_BUCKETS == len(ledger.HOLD_BUCKETS_US) + 1 == len(ledger.Ledger().hold)
+    assert abi.HOLD_BUCKETS == len(HOLD_BUCKETS_US) + 1 == len(ledger.Ledger().hold)
     assert abi.FastCount.LEFT == abi.FastCount.HOLD_TIME + abi.HOLD_BUCKETS

@@ -12,10 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from pycopy import link
-from pycopy.attach import HookTaken, attachments, xdp_program_ids
 from pycopy.errors import UsageError
-from pycopy.loader import Hook, attach, detach_leftovers
+from pycopy.kernel import syscall
+from pycopy.kernel.attach import (
+    Hook,
+    HookTaken,
+    attach,
+    attachments,
+    detach_leftovers,
+    xdp_program_ids,
+)
 from tests.bpf.sources import load
 
 CLONE_NEWNET = 0x40000000
@@ -126,10 +132,10 @@ def sees_frames(module, ifname):
 def tcx_names(ifname):
     ifindex = socket.if_nametoindex(ifname)
     names = []
-    for attach_type in (link.TCX_INGRESS, link.TCX_EGRESS):
-        for program_id, _ in link.attached(ifindex, attach_type):
-            fd = link.program_fd_by_id(program_id)
-            names.append(link.program_info(fd).name)
+    for attach_type in (syscall.TCX_INGRESS, syscall.TCX_EGRESS):
+        for program_id, _ in syscall.attached(ifindex, attach_type):
+            fd = syscall.program_fd_by_id(program_id)
+            names.append(syscall.program_info(fd).name)
             os.close(fd)
     return names
 
@@ -189,13 +195,13 @@ def test_xdp_generic_when_the_mtu_is_too_large(veth, compiled):
         assert sees_frames(module, far)
 
 
-@pytest.mark.parametrize("mode", [link.XDP_FLAGS_DRV, link.XDP_FLAGS_SKB])
+@pytest.mark.parametrize("mode", [syscall.XDP_FLAGS_DRV, syscall.XDP_FLAGS_SKB])
 def test_xdp_never_replaces_a_foreign_link(veth, compiled, mode):
     near, far = veth
     foreign = compiled(Hook.XDP, "foreign")
     ifindex = socket.if_nametoindex(near)
-    foreign_link = link.link_create(foreign.program_fd, ifindex, link.XDP, mode)
-    ident = link.program_info(foreign.program_fd).id
+    foreign_link = syscall.link_create(foreign.program_fd, ifindex, syscall.XDP, mode)
+    ident = syscall.program_info(foreign.program_fd).id
     with pytest.raises(HookTaken, match=rf"program {ident} \(foreign\)"):
         attach(compiled(Hook.XDP), near, Hook.XDP)
     assert sees_frames(foreign, far)
@@ -210,7 +216,7 @@ def test_xdp_never_replaces_a_foreign_netlink_program(veth, compiled):
     ifindex = socket.if_nametoindex(near)
     with IPRoute() as ipr:
         ipr.link("set", index=ifindex, xdp_fd=foreign.program_fd)
-    ident = link.program_info(foreign.program_fd).id
+    ident = syscall.program_info(foreign.program_fd).id
     with pytest.raises(HookTaken, match=f"program {ident}"):
         attach(compiled(Hook.XDP), near, Hook.XDP)
     assert xdp_program_ids(ifindex) == [ident]
@@ -233,7 +239,7 @@ def test_a_foreign_program_before_ours_does_not_end_the_chain(veth, compiled, pr
     first = None
     if prefer_link:
         ifindex = socket.if_nametoindex(near)
-        first = link.link_create(foreign.program_fd, ifindex, link.TCX_INGRESS)
+        first = syscall.link_create(foreign.program_fd, ifindex, syscall.TCX_INGRESS)
     else:
         attach_foreign_filter(foreign, near, priority=1)
     attachment = attach(ours, near, Hook.TC_INGRESS, prefer_link=prefer_link)
@@ -334,7 +340,7 @@ def test_sigkill(veth, compiled, tmp_path, hook, prefer_link):
     near, far = veth
     foreign = compiled(Hook.TC_INGRESS, "foreign")
     ifindex = socket.if_nametoindex(near)
-    foreign_link = link.link_create(foreign.program_fd, ifindex, link.TCX_INGRESS)
+    foreign_link = syscall.link_create(foreign.program_fd, ifindex, syscall.TCX_INGRESS)
     how = attached_then_killed(tmp_path, near, hook, prefer_link)
     assert how
     if how.endswith("link"):

@@ -6,7 +6,8 @@ next data segment does not say as well.
 
 import pytest
 
-from pycopy.abi import ACK, CaptureCount
+from pycopy.kernel.abi import CaptureCount
+from pycopy.wire.segment import ACK
 from tests.bpf.frames import SYN_OPTIONS, TIMESTAMPS, tcp
 
 CAPTURED, PURE_ACK = CaptureCount.CAPTURED, CaptureCount.PURE_ACK

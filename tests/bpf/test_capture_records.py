@@ -6,7 +6,7 @@ import pytest
 from scapy.layers.inet import IP
 from scapy.layers.inet6 import IPv6
 
-from pycopy.abi import CaptureCount
+from pycopy.kernel.abi import CaptureCount
 from tests.bpf.frames import (
     CLIENT,
     CLIENT6,

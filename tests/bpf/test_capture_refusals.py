@@ -9,7 +9,7 @@ from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, IPv6ExtHdrRouting
 from scapy.layers.l2 import ARP, Dot1Q, Ether
 
-from pycopy.abi import CaptureCount
+from pycopy.kernel.abi import CaptureCount
 from tests.bpf.frames import (
     CLIENT,
     CLIENT6,

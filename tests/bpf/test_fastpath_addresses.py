@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from pycopy import abi
-from pycopy.abi import Owner
+from pycopy.kernel.abi import Owner
 from pycopy.session.addresses import PooledAddresses
 from pycopy.session.states import State
+from pycopy.wire.segment import KEY
 from tests.bpf.fast import TARGET, TARGET_PORT, Bench
 from tests.bpf.harness import Namespaces, mapped
 
@@ -50,7 +50,7 @@ def syn_of(bench, connection, client):
         each
         for each in bench.sessions()
         if each.owner == Owner.KERNEL
-        and abi.KEY.unpack(each.online)[::2] == (mapped(client), connection.port)
+        and KEY.unpack(each.online)[::2] == (mapped(client), connection.port)
     ]
     return online[-1].target if online else None
 
@@ -77,7 +77,7 @@ def test_the_clients_own(bench, family):
     connection = bench.connection(family)
     key = syn_of(bench, connection, client)
     expected = mapped(client), mapped(TARGET[family]), connection.port, TARGET_PORT
-    assert abi.KEY.unpack(key) == expected
+    assert KEY.unpack(key) == expected
 
 
 def test_no_network_of_the_family_is_user_spaces_to_refuse(bench):
@@ -89,7 +89,7 @@ def test_no_network_of_the_family_is_user_spaces_to_refuse(bench):
 def test_a_taken_connection_is_user_spaces_to_avoid(bench, family):
     client = "198.51.100.9" if family == 4 else "2001:db8::99"
     connection = bench.connection(family)
-    key = abi.KEY.pack(mapped(client), mapped(TARGET[family]), connection.port, TARGET_PORT)
+    key = KEY.pack(mapped(client), mapped(TARGET[family]), connection.port, TARGET_PORT)
     assert bench.kernel.claim(key)
     assert syn_of(bench, connection, client) is None
     bench.kernel.release(key)

@@ -8,10 +8,10 @@ import itertools
 
 import pytest
 
-from pycopy import link
-from pycopy.abi import LOG_BOUNDARY, FastCount, Left
 from pycopy.fastpath import kernel as kernel_module
 from pycopy.fastpath import maps as maps_module
+from pycopy.kernel import syscall
+from pycopy.kernel.abi import LOG_BOUNDARY, FastCount, Left
 from tests.bpf.fast import SECOND, Bench
 from tests.bpf.frames import SYN_OPTIONS, padded
 from tests.bpf.harness import Namespaces
@@ -235,8 +235,8 @@ def test_a_pass_over_few_sessions_is_one_call(bench, monkeypatch):
         calls.append(args)
         return run(*args)
 
-    run = link.RepeatedRun.run
-    monkeypatch.setattr(link.RepeatedRun, "run", counted)
+    run = syscall.RepeatedRun.run
+    monkeypatch.setattr(syscall.RepeatedRun, "run", counted)
     bench.tick()
     assert len(calls) == 1
 
@@ -244,7 +244,7 @@ def test_a_pass_over_few_sessions_is_one_call(bench, monkeypatch):
 def test_a_pass_that_takes_more_than_a_turn_goes_on_in_the_next(bench, monkeypatch):
     """Or the last of many sessions would never be looked at."""
     timer = bench.kernel._module.program_fds["pycopy_timer"]
-    bench.kernel._timer = link.RepeatedRun(timer, kernel_module._MATERIAL, 2)
+    bench.kernel._timer = syscall.RepeatedRun(timer, kernel_module._MATERIAL, 2)
     monkeypatch.setattr(kernel_module, "CALLS", 1)
     connections = [bench.connection(4) for _ in range(12)]
     for connection in connections:

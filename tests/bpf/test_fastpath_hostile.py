@@ -9,8 +9,8 @@ from collections import Counter
 
 import pytest
 
-from pycopy import abi, link
-from pycopy.abi import CaptureCount, FastCount, InterceptCount, Owner
+from pycopy.kernel import abi, syscall
+from pycopy.kernel.abi import CaptureCount, FastCount, InterceptCount, Owner
 from tests.bpf.fast import TC_REDIRECT, Bench
 from tests.bpf.harness import TC_CONTINUE, TC_SHOT, Namespaces, runnable
 from tests.bpf.oracle import WHOLE, look
@@ -86,7 +86,7 @@ def test_mutations(bench, family, side):
         refused = look(frame).fate != WHOLE
         before = bench.sessions() if refused and number % 7 == 0 else None
         had = program.counts()
-        run = link.test_run(program.module.program_fd, frame, room_bytes=4096)
+        run = syscall.test_run(program.module.program_fd, frame, room_bytes=4096)
         assert run.retval in verdicts
         if run.retval != TC_REDIRECT:
             assert run.data == frame

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from pycopy.abi import HELD_MAX, LOG_CPU_SHIFT, FastCount, Left
 from pycopy.fastpath import maps as maps_module
+from pycopy.kernel.abi import HELD_MAX, LOG_CPU_SHIFT, FastCount, Left
 from tests.bpf.fast import Bench
 from tests.bpf.harness import Namespaces
 

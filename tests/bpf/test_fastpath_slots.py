@@ -4,7 +4,7 @@ import ipaddress
 
 import pytest
 
-from pycopy.abi import Left
+from pycopy.kernel.abi import Left
 from tests.bpf.fast import Bench
 from tests.bpf.harness import Namespaces, mapped
 

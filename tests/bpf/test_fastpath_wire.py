@@ -16,11 +16,11 @@ import pytest
 from scapy.layers.inet import IP
 from scapy.layers.inet6 import IPv6
 
-from pycopy import abi
-from pycopy.abi import CaptureCount, FastCount, InterceptCount, KernelSession
 from pycopy.fastpath.kernel import KernelSessions
+from pycopy.kernel import abi
+from pycopy.kernel.abi import CaptureCount, FastCount, InterceptCount, KernelSession
+from pycopy.kernel.attach import Hook, attach
 from pycopy.lab import offloads
-from pycopy.loader import Hook, attach
 from pycopy.session.rules import Rules
 from tests.bpf.fast import Bench, check_balance, check_frame
 from tests.bpf.frames import SYN_OPTIONS, tcp

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from pycopy import abi
-from pycopy.abi import CaptureCount, InterceptCount
+from pycopy.kernel import abi
+from pycopy.kernel.abi import CaptureCount, InterceptCount
 from tests.bpf.fast import Bench
 from tests.bpf.frames import CLIENT, tcp
 from tests.bpf.harness import CONTINUE, Capture, Intercept, Namespaces, mapped

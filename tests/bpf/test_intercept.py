@@ -4,7 +4,8 @@ import pytest
 from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment
 
-from pycopy.abi import KIND_TARGET, PASS, SWALLOW, InterceptCount
+from pycopy.kernel.abi import PASS, SWALLOW, InterceptCount
+from pycopy.wire.segment import KIND_TARGET
 from tests.bpf.frames import HEADERS, LINKS, SYN_OPTIONS, TIMESTAMPS, big_tcp, padded, patched, tcp
 from tests.bpf.harness import SWALLOW as SWALLOWED
 from tests.bpf.harness import Intercept, check_record, mapped, runnable

@@ -15,9 +15,9 @@ from collections import Counter
 
 import pytest
 
-from pycopy import abi
-from pycopy.abi import KIND_TARGET, SWALLOW, CaptureCount, InterceptCount
-from pycopy.loader import Hook, attach
+from pycopy.kernel.abi import SWALLOW, CaptureCount, InterceptCount
+from pycopy.kernel.attach import Hook, attach
+from pycopy.wire.segment import ACK, FIN, KEY, KIND_TARGET, PIECE_BYTES, PSH, SYN
 from tests.bpf.frames import HEADERS, LINKS, SYN_OPTIONS, TIMESTAMPS, tcp
 from tests.bpf.harness import (
     EVERY_PORT,
@@ -177,13 +177,13 @@ def test_super_segments(wire, port, ip):
         for number, (segment, piece) in enumerate(records, 1):
             last = number == len(records)
             assert (segment.seq, segment.seg_len) == (at, len(piece))
-            assert segment.tcp_flags == abi.ACK | (abi.FIN | abi.PSH if last else 0)
-            assert len(piece) == abi.PIECE_BYTES or last
+            assert segment.tcp_flags == ACK | (FIN | PSH if last else 0)
+            assert len(piece) == PIECE_BYTES or last
             at += len(piece)
         pieces += len(records)
         counted = wire.counted()
         assert counted[CaptureCount.EXTRA_PIECES] == len(records) - 1
-    assert pieces == sum(-(-length // abi.PIECE_BYTES) for length in lengths)
+    assert pieces == sum(-(-length // PIECE_BYTES) for length in lengths)
 
 
 @contextlib.contextmanager
@@ -274,7 +274,7 @@ def copied_stream(hosts, family, hook, stream):
 
     def finished():
         records.extend(program.records())
-        return any(segment.tcp_flags & abi.FIN for segment, _ in records)
+        return any(segment.tcp_flags & FIN for segment, _ in records)
 
     wait_for(finished)
     attachment.close()
@@ -293,8 +293,8 @@ def reassembled(records):
     """The client's stream from its records; retransmissions must repeat the same bytes."""
     syn = records[0][0]
     third_ack = records[1][0]
-    assert syn.tcp_flags == abi.SYN and syn.options == 0x0F
-    assert (third_ack.tcp_flags, third_ack.seq) == (abi.ACK, (syn.seq + 1) % 2**32)
+    assert syn.tcp_flags == SYN and syn.options == 0x0F
+    assert (third_ack.tcp_flags, third_ack.seq) == (ACK, (syn.seq + 1) % 2**32)
     pieces = {}
     for segment, payload in records[2:]:
         at = (segment.seq - syn.seq - 1) % 2**32
@@ -326,7 +326,7 @@ def test_connection(hosts, hook, family):
     assert reassembled(records) == STREAM
     assert records[0][0].family == family
     if hook == "tc":
-        assert longest_segment(records) > abi.PIECE_BYTES
+        assert longest_segment(records) > PIECE_BYTES
         assert counts[CaptureCount.EXTRA_PIECES] > 0
 
 
@@ -402,7 +402,7 @@ def test_swallowed_on_the_wire(hosts, side, family):
             assert struct.unpack_from("=I", info, TCP_INFO_UNACKED) == (1,)
             own = client.getsockname(), client.getpeername()
             for segment, payload in seen:
-                fields = abi.KEY.unpack(segment.key)
+                fields = KEY.unpack(segment.key)
                 assert (fields[2], fields[3]) == (own[0][1], own[1][1])
                 assert (segment.kind, segment.family, payload) == (KIND_TARGET, family, b"")
     attachment.close()

@@ -6,8 +6,10 @@ import struct
 
 import pytest
 
-from pycopy import bpfmaps, link, loader
+from pycopy import loader
 from pycopy.errors import HostUnfit
+from pycopy.kernel import shapes, syscall
+from pycopy.kernel.module import make_map
 
 NAME = "intercept-tc-ether"
 
@@ -23,9 +25,9 @@ def test_maps(module):
     used = {"segments", "counts", "scratch", "settings", "heartbeat", "claims", "claims_default",
             "relays", "relay_work"}  # fmt: skip
     assert set(module.maps) == used
-    assert link.program_info(module.program_fd).name == "pycopy_intercep"
+    assert syscall.program_info(module.program_fd).name == "pycopy_intercep"
     for name, each in module.maps.items():
-        shape, info = bpfmaps.SHAPES[name], link.map_info(each.fd)
+        shape, info = shapes.SHAPES[name], syscall.map_info(each.fd)
         entries = 4096 if name == "segments" else shape.entries
         assert info[4:6] == (shape.value_bytes, entries) and info.type == shape.kind
         assert info.name == f"pycopy_{name}"[:15]
@@ -43,43 +45,45 @@ def test_a_trie(module):
 
 def test_counters_are_summed_over_the_cpus(module):
     counts = module.maps["counts"]
-    values = struct.pack("=Q", 5) * link.possible_cpus()
+    values = struct.pack("=Q", 5) * syscall.possible_cpus()
     assert len(counts.lookup(bytes(4))) == len(values)
     counts.update(bytes(4), values)
-    assert counts.sum_percpu(0) == 5 * link.possible_cpus()
+    assert counts.sum_percpu(0) == 5 * syscall.possible_cpus()
     with pytest.raises(IndexError):
-        counts.sum_percpu(bpfmaps.SHAPES["counts"].entries)
+        counts.sum_percpu(shapes.SHAPES["counts"].entries)
 
 
 def test_run_statistics(module):
-    stats = link.enable_run_stats()
-    link.test_run(module.program_fd, bytes(64), repeat=100)
-    assert link.program_info(module.program_fd).run_count == 100
+    stats = syscall.enable_run_stats()
+    syscall.test_run(module.program_fd, bytes(64), repeat=100)
+    assert syscall.program_info(module.program_fd).run_count == 100
     os.close(stats)
 
 
 def test_maps_made_before_stay_their_makers(module):
-    fd = loader.make_map("heartbeat")
+    fd = make_map("heartbeat")
     other = loader.load(NAME, given={"heartbeat": fd, "nobody's": 99})
     assert other.maps["heartbeat"].fd == fd
     other.close()
-    assert link.map_lookup(fd, bytes(4), 8) == bytes(8)
+    assert syscall.map_lookup(fd, bytes(4), 8) == bytes(8)
     os.close(fd)
 
 
 def test_closed_means_gone():
     before = set(os.listdir("/proc/self/fd"))
     module = loader.load(NAME)
-    ident = link.program_info(module.program_fd).id
+    ident = syscall.program_info(module.program_fd).id
     module.close()
     assert set(os.listdir("/proc/self/fd")) == before
     with pytest.raises(FileNotFoundError):
-        os.close(link.program_fd_by_id(ident))
+        os.close(syscall.program_fd_by_id(ident))
 
 
 def test_a_failure_leaves_nothing_open(monkeypatch):
     before = set(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(link, "program_load", lambda *_: (_ for _ in ()).throw(OSError(7, "big")))
+    monkeypatch.setattr(
+        syscall, "program_load", lambda *_: (_ for _ in ()).throw(OSError(7, "big"))
+    )
     with pytest.raises(loader.PycopyError):
         loader.load(NAME)
     assert set(os.listdir("/proc/self/fd")) == before
@@ -89,7 +93,7 @@ def test_no_memory_for_a_map_is_the_host_s_fault(monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    monkeypatch.setattr(link, "map_create", refuse)
+    monkeypatch.setattr(syscall, "map_create", refuse)
     with pytest.raises(HostUnfit) as caught:
         loader.load(NAME)
     assert "no memory for the map segments" in caught.value.cause

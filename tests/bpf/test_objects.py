@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pycopy import abi, link, loader, objects
-from pycopy.abi import Constant
+from pycopy import loader
 from pycopy.errors import HostUnfit, PycopyError
-from pycopy.pcapfilter import filter_code
+from pycopy.kernel import abi, objects, syscall
+from pycopy.kernel.abi import Constant
+from pycopy.kernel.pcapfilter import filter_code
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = list(objects.CATALOGUE)
@@ -89,9 +90,9 @@ def test_nothing_of_the_host_or_the_run_is_in_them():
 
 
 def abi_maps():
-    from pycopy import bpfmaps
+    from pycopy.kernel import shapes
 
-    return bpfmaps.NUMBERS
+    return shapes.NUMBERS
 
 
 # -- linking --------------------------------------------------------------------------------------
@@ -246,7 +247,7 @@ def test_no_header_package_is_needed(tmp_path):
         '[ -z "$(ls -A /usr/include)" ] || exit 1\n'
         'exec "$@"\n'
     )
-    build = "from pycopy import objects; objects.compile_all(['capture-xdp-ip'])"
+    build = "from pycopy.kernel import objects; objects.compile_all(['capture-xdp-ip'])"
     subprocess.run(
         ["unshare", "-m", "sh", script, sys.executable, "-P", "-c", build],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -297,9 +298,9 @@ def test_kernels_that_lack_a_helper_are_told_which(monkeypatch):
     """What a kernel says is the verifier's; what a user reads, a sentence."""
 
     def refuse(*_):
-        raise link.Rejected(22, "31: (85) call unknown#188\ninvalid func unknown#188\n")
+        raise syscall.Rejected(22, "31: (85) call unknown#188\ninvalid func unknown#188\n")
 
-    monkeypatch.setattr(link, "program_load", refuse)
+    monkeypatch.setattr(syscall, "program_load", refuse)
     with pytest.raises(HostUnfit) as caught:
         loader.load("capture-xdp-ether")
     assert "bpf_xdp_get_buff_len" in caught.value.cause and "5.18" in caught.value.cause

@@ -16,11 +16,11 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from pycopy import bpfasm, link
-from pycopy.attach import Hook, attach
-from pycopy.bpfasm import Assembler, Label, Register
 from pycopy.errors import UsageError
-from pycopy.pcapfilter import filter_code, matches
+from pycopy.kernel import bpfasm, syscall
+from pycopy.kernel.attach import Hook, attach
+from pycopy.kernel.bpfasm import Assembler, Label, Register
+from pycopy.kernel.pcapfilter import filter_code, matches
 
 #: From the examples of pcap-filter(7) and of tcpdump(8), and the hard corners of each construct.
 EXPRESSIONS = [
@@ -123,7 +123,7 @@ class Program(NamedTuple):
 def loaded(expression, l2_bytes, xdp, counts_fd=None):
     """A program around the filter: it returns the verdict, or (counts_fd) counts the wanted."""
     code = filter_code(expression, l2_bytes, xdp)
-    fd = link.program_load(
+    fd = syscall.program_load(
         XDP if xdp else SCHED_CLS, "verdict", around(code, xdp, counts_fd), "GPL"
     )
     try:
@@ -170,7 +170,7 @@ def verdicts(program, expression, inputs, l2_bytes):
     """(kernel's, libpcap's, packet) for every input but those the kernel cannot run (EINVAL)."""
     for packet in inputs:
         try:
-            verdict = link.test_run(program.program_fd, packet).retval
+            verdict = syscall.test_run(program.program_fd, packet).retval
         except OSError:
             continue  # too short for the kernel's own test harness
         yield verdict, int(matches(expression, packet, l2_bytes)), packet
@@ -222,7 +222,7 @@ def test_a_long_expression(packets):
 
 def test_an_expression_that_accepts_everything(packets):
     with loaded("ip or not ip", 14, False) as program:
-        assert link.test_run(program.program_fd, frame(packets[0])).retval == 1
+        assert syscall.test_run(program.program_fd, frame(packets[0])).retval == 1
 
 
 # -- random expressions --------------------------------------------------------------------
@@ -339,7 +339,7 @@ def loopback():
 def test_payload_beyond_the_linear_part(loopback):
     """A super-segment's payload lies in page fragments, which data..data_end does not reach."""
     expression = "tcp and tcp[((tcp[12] & 0xf0) >> 2):4] = 0x47455420 and greater 20000"
-    counts_fd = link.map_create(link.ARRAY, "counts", 4, 8, 1)
+    counts_fd = syscall.map_create(syscall.ARRAY, "counts", 4, 8, 1)
     sent = b"GET " * 50_000
     received = bytearray()
 
@@ -359,5 +359,5 @@ def test_payload_beyond_the_linear_part(loopback):
             reader.join(10)
         attachment.close()
     assert bytes(received) == sent
-    assert int.from_bytes(link.map_lookup(counts_fd, bytes(4), 8), sys.byteorder) > 0
+    assert int.from_bytes(syscall.map_lookup(counts_fd, bytes(4), 8), sys.byteorder) > 0
     os.close(counts_fd)

@@ -11,7 +11,7 @@ import pytest
 from scapy.error import Scapy_Exception
 from scapy.utils import RawPcapReader
 
-from pycopy.abi import CaptureCount
+from pycopy.kernel.abi import CaptureCount
 from tests.bpf.harness import EVERY_PORT, Capture, check_record, runnable
 from tests.bpf.oracle import look
 from tests.bpf.test_random import Handshakes

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from pycopy import link, perfevent
-from pycopy.abi import KIND_CLIENT, PIECE_BYTES, SEGMENT, SEGMENT_BYTES, Segment
 from pycopy.errors import HostUnfit, PycopyError
-from pycopy.loop import NEVER_NS, READ, Loop
-from pycopy.perfring import MERGE_NS, SHARE_BYTES_MIN, PerfRing
+from pycopy.kernel import perfevent, syscall
+from pycopy.kernel.perfring import MERGE_NS, SHARE_BYTES_MIN, PerfRing
+from pycopy.process.loop import NEVER_NS, READ, Loop
+from pycopy.wire.segment import KIND_CLIENT, PIECE_BYTES, SEGMENT, SEGMENT_BYTES, Segment
 
 SCHED_CLS, PERF_EVENT_ARRAY = 3, 4
 MAP_LOOKUP, KTIME, SMP_PROCESSOR_ID, PERF_EVENT_OUTPUT = 1, 5, 8, 25
@@ -84,17 +84,17 @@ def program(entries_fd, perf_fd, record_bytes):
         + increment(8)
         + insn(0x95)
     )
-    return link.program_load(SCHED_CLS, "perfring", code, "GPL")
+    return syscall.program_load(SCHED_CLS, "perfring", code, "GPL")
 
 
 class Output:
     """The program and its maps; ``payload_bytes`` travel with each record."""
 
     def __init__(self, payload_bytes):
-        cpus = link.possible_cpus()
+        cpus = syscall.possible_cpus()
         self.payload = bytes(index % 251 for index in range(payload_bytes))
-        self.perf_fd = link.map_create(PERF_EVENT_ARRAY, "records", 4, 4, cpus)
-        self.entries_fd = link.map_create(link.ARRAY, "entries", 4, ENTRY_BYTES, cpus)
+        self.perf_fd = syscall.map_create(PERF_EVENT_ARRAY, "records", 4, 4, cpus)
+        self.entries_fd = syscall.map_create(syscall.ARRAY, "entries", 4, ENTRY_BYTES, cpus)
         self.program_fd = program(self.entries_fd, self.perf_fd, SEGMENT_BYTES + payload_bytes)
         for cpu in range(cpus):
             fields = Segment(
@@ -118,7 +118,7 @@ class Output:
                 sack=bytes(32),
             )
             entry = COUNTS.pack(0, 0) + SEGMENT.pack(*fields) + self.payload
-            link.map_update(
+            syscall.map_update(
                 self.entries_fd, struct.pack("=I", cpu), entry.ljust(ENTRY_BYTES, b"\0")
             )
         self.packet = bytes(64)
@@ -127,12 +127,12 @@ class Output:
         """What the helper returned to the last run, on ``cpu`` from now on."""
         if cpu is not None:
             os.sched_setaffinity(0, {cpu})
-        return link.test_run(self.program_fd, self.packet, repeat=repeat).retval
+        return syscall.test_run(self.program_fd, self.packet, repeat=repeat).retval
 
     def counts(self):
         """Over all CPUs: stored, failed."""
         entries = [
-            link.map_lookup(self.entries_fd, struct.pack("=I", cpu), ENTRY_BYTES) for cpu in CPUS
+            syscall.map_lookup(self.entries_fd, struct.pack("=I", cpu), ENTRY_BYTES) for cpu in CPUS
         ]
         return tuple(map(sum, zip(*(COUNTS.unpack_from(entry) for entry in entries), strict=True)))
 
@@ -410,7 +410,7 @@ def test_without_descriptors_it_says_so_and_leaves_nothing(output):
 def test_a_privilege_that_is_missing_is_named(without, cure):
     if int(Path("/proc/sys/kernel/perf_event_paranoid").read_text()) < 1:
         pytest.skip("kernel.perf_event_paranoid of this host lets everybody do that")
-    program = "import pycopy.perfring as p; p.PerfRing(0, 1 << 28)"
+    program = "import pycopy.kernel.perfring as p; p.PerfRing(0, 1 << 28)"
     command = ["setpriv", "--bounding-set", without, sys.executable, "-c", program]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=50,

@@ -8,9 +8,10 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Dot1Q, Ether
 
-from pycopy import abi, link
-from pycopy.abi import InterceptCount, Owner
+from pycopy.kernel import abi, syscall
+from pycopy.kernel.abi import InterceptCount, Owner
 from pycopy.session.states import State
+from pycopy.wire.segment import ACK, KIND_CLIENT, KIND_TARGET, KIND_TOO_BIG, SEGMENT, Segment
 from tests.bpf.fast import SERVERS, TC_REDIRECT, Bench, check_frame
 from tests.bpf.frames import CLIENT, CLIENT6, tcp
 from tests.bpf.harness import (
@@ -53,7 +54,7 @@ class Progress(Program):
     def fate(self, frame):
         """The verdict and what was counted, MATCHED left out."""
         before = self.counts()
-        run = link.test_run(self.module.program_fd, frame, room_bytes=4096)
+        run = syscall.test_run(self.module.program_fd, frame, room_bytes=4096)
         if run.retval == TC_CONTINUE:
             assert run.data == frame, "a packet that passes came back changed"
         after = self.counts()
@@ -95,7 +96,7 @@ def datagram(family, payload, *, sport=PORT, dport=OUR_PORT, src=None, dst=None,
 
 def payload_of(segment, *, cookie=COOKIE, kind=abi.RELAYED_SEGMENT, junk=0xABCD):
     """``segment``: a record, or its 112 bytes."""
-    packed = segment if isinstance(segment, bytes) else abi.SEGMENT.pack(*segment)
+    packed = segment if isinstance(segment, bytes) else SEGMENT.pack(*segment)
     return abi.DATAGRAM_HEAD.pack(cookie, junk, kind, 0) + packed
 
 
@@ -196,7 +197,7 @@ def test_what_is_not_the_kernels_is_recorded(bench, family):
     run, counted = bench.progress.fate(frame)
     assert (run.retval, counted) == (TC_SHOT, {"CAPTURED": 1})
     ((segment, payload),) = bench.progress.records()
-    assert (segment.kind, segment.seg_len, payload) == (abi.KIND_TARGET, 1, b"")
+    assert (segment.kind, segment.seg_len, payload) == (KIND_TARGET, 1, b"")
 
 
 @families
@@ -263,13 +264,13 @@ def test_everything_else_is_not_even_counted(bench, family):
 @families
 def test_what_no_intercept_says_is_swallowed(bench, family):
     """It knows the cookie, so it is ours; but user space never sees such records."""
-    segment = abi.Segment(
-        0, abi.KIND_TARGET, abi.ACK, 0, 0, 0, 1000, 1, 2, 0, 0, 0, 0, 0, family, 0,
+    segment = Segment(
+        0, KIND_TARGET, ACK, 0, 0, 0, 1000, 1, 2, 0, 0, 0, 0, 0, family, 0,
         bytes(36), bytes(32),
     )  # fmt: skip
     for wrong in (
-        segment._replace(kind=abi.KIND_CLIENT),
-        segment._replace(kind=abi.KIND_TOO_BIG),
+        segment._replace(kind=KIND_CLIENT),
+        segment._replace(kind=KIND_TOO_BIG),
         segment._replace(sack_blocks=5),
         segment._replace(payload_bytes=1),
     ):
@@ -305,6 +306,6 @@ def test_mutations(bench, family):
         assert sum(counted.values()) <= 1
         fates.update(counted or {"unseen": 1})
         for segment, payload in bench.progress.records():
-            assert segment.kind == abi.KIND_TARGET and segment.sack_blocks <= 4 and not payload
+            assert segment.kind == KIND_TARGET and segment.sack_blocks <= 4 and not payload
     assert len(fates) >= 4, fates
     bench.counts()  # balanced

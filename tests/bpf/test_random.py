@@ -9,8 +9,8 @@ import struct
 
 import pytest
 
-from pycopy import abi
-from pycopy.abi import KIND_TARGET, SWALLOW, CaptureCount, InterceptCount
+from pycopy.kernel.abi import SWALLOW, CaptureCount, InterceptCount
+from pycopy.wire.segment import ACK, KIND_TARGET, SYN
 from tests.bpf.frames import HEADERS, LINKS, SYN_OPTIONS, TIMESTAMPS, tcp
 from tests.bpf.harness import (
     EVERY_PORT,
@@ -97,11 +97,11 @@ class Handshakes:
         flow = seen.src, seen.dst, seen.sport, seen.dport
         fields = seen.fields
         flags = fields["tcp_flags"]
-        if flags & (abi.SYN | abi.ACK) == abi.SYN:
+        if flags & (SYN | ACK) == SYN:
             self.begun[flow] = fields["seq"], fields["seg_len"]
         elif expected is CaptureCount.CAPTURED:
             self.begun.pop(flow, None)
-        elif flow in self.begun and flags & abi.ACK:
+        elif flow in self.begun and flags & ACK:
             iss, syn_len = self.begun[flow]
             if (fields["seq"] - iss - 1) % 2**32 <= syn_len:
                 del self.begun[flow]
@@ -177,7 +177,7 @@ def test_options_area(hook):
             length = rng.choice([2, 3, 4, 10, 10, 18, rng.randrange(256)])
             options += struct.pack("BB", kind, length)[: 1 if kind < 2 else 2]
             options += rng.randbytes(max(0, min(length, 40) - 2)) if kind > 1 else b""
-        flags = rng.choice([abi.SYN, abi.ACK])
+        flags = rng.choice([SYN, ACK])
         frame = bytearray(base)
         frame[54:94] = options[:40]
         frame[47] = flags

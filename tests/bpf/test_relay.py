@@ -11,9 +11,10 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
-from pycopy import abi, link
-from pycopy.abi import KIND_TARGET, PASS, RELAY, InterceptCount, Segment
-from pycopy.loader import Hook, attach
+from pycopy.kernel import abi, syscall
+from pycopy.kernel.abi import PASS, RELAY, InterceptCount
+from pycopy.kernel.attach import Hook, attach
+from pycopy.wire.segment import KIND_TARGET, SEGMENT, Segment
 from tests.bpf.fast import ETH_P_ALL, TC_REDIRECT, ones_sum
 from tests.bpf.frames import HEADERS, LINKS, SYN_OPTIONS, TIMESTAMPS, padded, tcp
 from tests.bpf.harness import TC_SHOT, Intercept, check_record, mapped, sh, wait_for
@@ -52,7 +53,7 @@ def relay_of(family):
 def run(program, frame):
     """(verdict, packet afterwards, what was counted beside MATCHED)."""
     before = program.counts()
-    result = link.test_run(program.module.program_fd, frame)
+    result = syscall.test_run(program.module.program_fd, frame)
     after = program.counts()
     program.check_balance(after)
     (kind,) = [kind for kind in after if kind and after[kind] != before[kind]]
@@ -77,7 +78,7 @@ def check_datagram(frame, family):
     assert udp.len == 8 + len(payload)
     cookie, _junk, kind, reserved = abi.DATAGRAM_HEAD.unpack_from(payload)
     assert (cookie, kind, reserved) == (COOKIE, abi.RELAYED_SEGMENT, 0)
-    return Segment(*abi.SEGMENT.unpack(payload[abi.DATAGRAM_HEAD.size :]))
+    return Segment(*SEGMENT.unpack(payload[abi.DATAGRAM_HEAD.size :]))
 
 
 @pytest.mark.parametrize("ip", FAMILIES)

@@ -10,11 +10,11 @@ import time
 
 import pytest
 
-from pycopy import link
-from pycopy import ring as ring_module
-from pycopy.abi import KIND_CLIENT, SEGMENT, SEGMENT_BYTES, Segment
-from pycopy.loader import Hook, attach
-from pycopy.ring import Ring
+from pycopy.kernel import ring as ring_module
+from pycopy.kernel import syscall
+from pycopy.kernel.attach import Hook, attach
+from pycopy.kernel.ring import Ring
+from pycopy.wire.segment import KIND_CLIENT, SEGMENT, SEGMENT_BYTES, Segment
 from tests.bpf.sources import load
 
 RING_BYTES = 1 << 18
@@ -125,7 +125,7 @@ def test_every_record_once_in_order_round_and_round(module, ring, payload_bytes)
     seq = seen = 0
     for _ in range(6):
         for _ in range(room(payload_bytes) // 2 + 1):
-            link.test_run(module.program_fd, packet(seq, payload_bytes))
+            syscall.test_run(module.program_fd, packet(seq, payload_bytes))
             seq += 1
         for segment, payload in ring.drain(1 << 20):
             assert segment.seq == seen
@@ -138,7 +138,7 @@ def test_every_record_once_in_order_round_and_round(module, ring, payload_bytes)
 def test_raw(module, ring, payload_bytes):
     sent = [packet(seq, payload_bytes) for seq in range(20)]
     for each in sent:
-        link.test_run(module.program_fd, each)
+        syscall.test_run(module.program_fd, each)
     expected = [each[HEADER_BYTES : HEADER_BYTES + SEGMENT_BYTES] for each in sent]
     assert list(ring.drain_raw(100)) == expected
 
@@ -146,19 +146,19 @@ def test_raw(module, ring, payload_bytes):
 def test_discarded_records_are_passed_over(module, ring, payload_bytes):
     for seq in range(10):
         whole_packet = packet(seq, payload_bytes)
-        link.test_run(module.program_fd, whole_packet if seq % 3 else whole_packet[:60])
+        syscall.test_run(module.program_fd, whole_packet if seq % 3 else whole_packet[:60])
     assert [segment.seq for segment, _ in ring.drain(100)] == [1, 2, 4, 5, 7, 8]
 
 
 def test_a_full_ring_loses_and_counts(module, ring, payload_bytes):
     many = room(payload_bytes) + 50
-    link.test_run(module.program_fd, packet(1, payload_bytes), repeat=many)
+    syscall.test_run(module.program_fd, packet(1, payload_bytes), repeat=many)
     counts = module.maps["counts"]
     stored, lost = counts.sum_percpu(0), counts.sum_percpu(1)
     assert stored + lost == many
     assert lost >= 50
     assert sum(1 for _ in ring.drain(1 << 20)) == stored
-    link.test_run(module.program_fd, packet(2, payload_bytes))
+    syscall.test_run(module.program_fd, packet(2, payload_bytes))
     assert [segment.seq for segment, _ in ring.drain(10)] == [2]
 
 
@@ -167,7 +167,7 @@ def test_epoll(module, ring, payload_bytes):
         epoll.register(ring.fileno(), select.EPOLLIN)
         assert epoll.poll(0) == []
         for seq in range(3):
-            link.test_run(module.program_fd, packet(seq, payload_bytes))
+            syscall.test_run(module.program_fd, packet(seq, payload_bytes))
         assert epoll.poll(1) == [(ring.fileno(), select.EPOLLIN)]
         assert len(list(ring.drain(2))) == 2
         assert epoll.poll(1) != [], "one is left"

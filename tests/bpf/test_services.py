@@ -3,8 +3,8 @@
 import pytest
 from scapy.layers.inet import IP
 
-from pycopy import link
-from pycopy.abi import CaptureCount
+from pycopy.kernel import syscall
+from pycopy.kernel.abi import CaptureCount
 from tests.bpf.frames import tcp
 from tests.bpf.harness import Capture, mapped
 
@@ -67,6 +67,6 @@ def test_thousands_cost_what_one_does(hook, many, port):
     for program in (few, many):
         program.call(frame)
         assert program.changed == {CaptureCount.SELECTED: 1, CaptureCount.CAPTURED: 1}
-    infos = [link.program_info(program.module.program_fd) for program in (few, many)]
+    infos = [syscall.program_info(program.module.program_fd) for program in (few, many)]
     assert infos[0].verified_instructions == infos[1].verified_instructions
     few.close()

@@ -10,7 +10,8 @@ from scapy.layers.inet6 import (
     IPv6ExtHdrHopByHop,
 )
 
-from pycopy.abi import KEY, KIND_TOO_BIG, PASS, SWALLOW, InterceptCount
+from pycopy.kernel.abi import PASS, SWALLOW, InterceptCount
+from pycopy.wire.segment import KEY, KIND_TOO_BIG
 from tests.bpf.frames import LINKS
 from tests.bpf.harness import Intercept, mapped, runnable
 

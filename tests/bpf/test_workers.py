@@ -6,8 +6,9 @@ import pytest
 from scapy.layers.inet import IP
 from scapy.layers.inet6 import IPv6
 
-from pycopy.abi import KEY, CaptureCount
-from pycopy.shares import worker_of
+from pycopy.kernel.abi import CaptureCount
+from pycopy.session.addresses import worker_of
+from pycopy.wire.segment import KEY
 from tests.bpf.conftest import SERVICES
 from tests.bpf.frames import SERVER, SERVER6, tcp
 from tests.bpf.harness import Capture

@@ -17,9 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from pycopy.demo import interrupted_by_sigterm
 from pycopy.errors import EXIT_INTERRUPTED, HostUnfit, PycopyError
 from pycopy.lab.copying import Placement
+from pycopy.lab.demo import interrupted_by_sigterm
 
 from . import inside, packages, report, userlands
 from .guest import CHECKOUT, EXCHANGE, PYTHON, Guest, follow
@@ -92,7 +92,7 @@ def plan_for(kernel, given, sets):
 
 def object_sets(given, stack):
     """Compiler: directory, of the objects in the checkout and of all others that are asked for."""
-    from pycopy import objects
+    from pycopy.kernel import objects
 
     directories = [objects.objects_dir(), *map(Path, given.objects)]
     suite = given.compiler or ("" if given.quick else SECOND_COMPILER)

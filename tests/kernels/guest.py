@@ -23,8 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from pycopy.demo import interrupted_by_sigterm
 from pycopy.errors import HostUnfit, PycopyError
+from pycopy.lab.demo import interrupted_by_sigterm
 
 from . import initramfs, packages
 

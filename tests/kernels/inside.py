@@ -15,8 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-from pycopy import link
 from pycopy.errors import PycopyError
+from pycopy.kernel import syscall
+from pycopy.kernel.module import lift_memory_limit
 from pycopy.lab import copying, servers
 from pycopy.lab.copying import Copying, LoadRun, Placement, wait_settled
 from pycopy.lab.servers import Nginx
@@ -82,9 +83,9 @@ def require(condition, problem):
 
 def load_objects(report, sets):
     """Every object of every compiler, into this kernel's verifier and out again."""
-    from pycopy import loader, objects
+    from pycopy.kernel import objects
 
-    loader.lift_memory_limit()
+    lift_memory_limit()
     for compiler, directory in sets.items():
         for name in objects.CATALOGUE:
             with report.step("object", compiler=compiler, object=name) as row:
@@ -200,7 +201,7 @@ def attached_on(lab, role=""):
 def has_tcx():
     """Asked of the loopback device: TCX came with Linux 6.6 (e420bed02507)."""
     try:
-        link.attached(1, link.TCX_INGRESS)
+        syscall.attached(1, syscall.TCX_INGRESS)
     except OSError:
         return False
     return True

@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 
-from pycopy import attach
+from pycopy.kernel import attach
 from pycopy.lab.copying import Copying, LoadRun, Placement
 from pycopy.lab.servers import Nginx
 from pycopy.lab.topology import Lab

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pycopy import link, pcapfilter
+from pycopy.kernel import pcapfilter, syscall
 from pycopy.lab.copying import Copying, LoadRun, wait_settled
 from pycopy.lab.servers import Exact, Nginx, Served
 from pycopy.lab.topology import DEVICE, SWITCH, Lab
@@ -23,7 +23,7 @@ from pycopy.lab.topology import DEVICE, SWITCH, Lab
 #: A connection in the log of the exact server over which nothing was said.
 _SILENT = hashlib.sha256().hexdigest()
 
-_TCX = {"tcx ingress": link.TCX_INGRESS, "tcx egress": link.TCX_EGRESS}
+_TCX = {"tcx ingress": syscall.TCX_INGRESS, "tcx egress": syscall.TCX_EGRESS}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,7 +90,7 @@ def attached(lab):
             for index, device in socket.if_nameindex():
                 for hook, number in _TCX.items():
                     with contextlib.suppress(OSError):  # below 6.6 there is none
-                        there = link.attached(index, number)
+                        there = syscall.attached(index, number)
                         found += [f"{role}: {device} {hook} {ids}" for ids in there]
     return found
 

@@ -18,9 +18,9 @@ import threading
 import time
 from pathlib import Path
 
+from pycopy.kernel.attach import Hook, attach
 from pycopy.lab.copying import Placement
 from pycopy.lab.topology import DEVICE, SWITCH
-from pycopy.loader import Hook, attach
 from tests.bpf.sources import load
 
 SOURCE = Path(__file__).with_name("impair.c")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from pycopy import demo
+from pycopy.lab import demo
 from pycopy.lab.topology import Lab, environment
 
 DEMO = [sys.executable, "-m", "pycopy", "demo", "--requests", "211", "--connections", "23"]

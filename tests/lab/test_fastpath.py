@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pycopy import link
+from pycopy.kernel import syscall
 from pycopy.lab.content import http_request
 from pycopy.lab.copying import Placement
 from pycopy.lab.topology import DEVICE
@@ -251,9 +251,9 @@ def all_maps():
     """Ids of all BPF maps that there are (BPF_MAP_GET_NEXT_ID)."""
     layout, found, ident = struct.Struct("=III"), set(), 0
     while True:
-        attribute = link._attr(layout, ident, 0, 0)
+        attribute = syscall._attr(layout, ident, 0, 0)
         try:
-            link.bpf(12, attribute)
+            syscall.bpf(12, attribute)
         except FileNotFoundError:
             return found
         ident = layout.unpack(attribute.raw)[1]

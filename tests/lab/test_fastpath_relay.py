@@ -9,9 +9,10 @@ import socket
 
 import pytest
 
-from pycopy import abi
+from pycopy.kernel import abi
 from pycopy.lab.copying import Placement, Program
 from pycopy.lab.topology import DEVICE
+from pycopy.wire.segment import SEGMENT_BYTES
 from tests.lab.dial import Client
 from tests.lab.impair import (
     CHANNEL_PORT,
@@ -186,7 +187,7 @@ def test_a_firewall_that_comes_and_goes(scenario, lab, placement):
 def test_a_wrong_cookie_is_nobody(scenario, lab, family):
     """It passes to the stack, where the port is ours and nobody reads it."""
     run = scenario(Placement.TARGET, family).start()
-    segment = bytes(abi.SEGMENT_BYTES)
+    segment = bytes(SEGMENT_BYTES)
     with lab.inside("target"):
         sock = socket.socket(socket.AF_INET6 if family == 6 else socket.AF_INET, socket.SOCK_DGRAM)
     with sock:
@@ -213,7 +214,7 @@ def _forge(lab, family, count):
 
     mac = lab.run("online", ["cat", f"/sys/class/net/{DEVICE}/address"]).stdout.strip()
     network = IPv6 if family == 6 else IP
-    payload = abi.DATAGRAM_HEAD.pack(7, 0, abi.RELAYED_SEGMENT, 0) + bytes(abi.SEGMENT_BYTES)
+    payload = abi.DATAGRAM_HEAD.pack(7, 0, abi.RELAYED_SEGMENT, 0) + bytes(SEGMENT_BYTES)
     where = network(src=lab.address("target", family), dst=lab.address("online", family))
     ports = UDP(sport=CHANNEL_PORT, dport=CHANNEL_PORT)
     with lab.inside("client"):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from pycopy.abi import GRACE_NS, LAPSE_NS
+from pycopy.kernel.abi import GRACE_NS, LAPSE_NS
 from pycopy.lab.copying import Placement
 
 LAPSE_S, GRACE_S = LAPSE_NS / 1e9, GRACE_NS / 1e9

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from pycopy.abi import ACK, FIN, SYN
+from pycopy.kernel.attach import Hook
 from pycopy.lab.copying import Placement
-from pycopy.loader import Hook
+from pycopy.wire.segment import ACK, FIN, SYN
 from tests.lab.dial import Client
 from tests.lab.impair import PASS_UNSEEN, PER_MILLION, Impairment, impair_leg
 from tests.lab.runs import account, run_impaired, settle

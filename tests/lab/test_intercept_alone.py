@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from pycopy.abi import ACK, KIND_TARGET, SYN
 from pycopy.channel import Hello, InterceptClient
-from pycopy.claims import range_of
-from pycopy.inet import map_address
-from pycopy.loop import Loop
+from pycopy.interception.verdicts import range_of
+from pycopy.process.loop import Loop
+from pycopy.wire.address import map_address
+from pycopy.wire.segment import ACK, KIND_TARGET, SYN
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces"),
@@ -154,7 +154,7 @@ class Net:
 
     def attached(self, role):
         """What our own tool sees attached in there."""
-        code = "from pycopy.attach import attachments; print(*attachments(), sep='\\n')"
+        code = "from pycopy.kernel.attach import attachments; print(*attachments(), sep='\\n')"
         return [line for line in self.run(role, *PYTHON, "-c", code).stdout.splitlines() if line]
 
     def down(self):

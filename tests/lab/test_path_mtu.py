@@ -4,15 +4,16 @@ import ipaddress
 
 import pytest
 
-from pycopy.abi import ACK, KEY, OPT_MSS, PSH, SYN, Segment
-from pycopy.egress import Egress
-from pycopy.inet import map_address
+from pycopy.egress.egress import Egress
+from pycopy.host.nexthop import NextHops
 from pycopy.lab.copying import Placement
-from pycopy.ledger import Count, Ledger
-from pycopy.nexthop import NextHops
+from pycopy.report.ledger import Ledger
 from pycopy.session.addresses import KeptAddresses
+from pycopy.session.fates import Count
 from pycopy.session.rules import Rules
 from pycopy.session.table import Table
+from pycopy.wire.address import map_address
+from pycopy.wire.segment import ACK, KEY, OPT_MSS, PSH, SYN, Segment
 
 ROUTER, LINK, NARROW = "online2", "onward", 1300
 

@@ -212,7 +212,7 @@ def compiler_of(pid):
     """Whether the child that compiles is running under ``pid``."""
     with contextlib.suppress(OSError):
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            if b"pycopy.compiler" in Path(f"/proc/{child}/cmdline").read_bytes():
+            if b"pycopy.kernel.compiler" in Path(f"/proc/{child}/cmdline").read_bytes():
                 return True
     return False
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from pycopy import guards
+from pycopy.host import privileges
 from pycopy.lab import copying as copying_module
 from pycopy.lab.copying import Placement
 from pycopy.lab.topology import python
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = [name.removeprefix("CAP_").lower() for name in guards.CAPABILITIES]
+NAMES = [name.removeprefix("CAP_").lower() for name in privileges.CAPABILITIES]
 
 
 def as_nobody(names):

@@ -19,9 +19,11 @@ import time
 
 import pytest
 
-from pycopy import abi, nexthop, wire
+from pycopy.egress.sender import Sender
 from pycopy.errors import PycopyError
-from pycopy.sender import Sender
+from pycopy.host import nexthop
+from pycopy.wire import headers
+from pycopy.wire.segment import ACK, FIN, PSH, SYN
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes namespaces"),
@@ -191,11 +193,11 @@ class Wire:
 
     def __init__(self, lab, sender, hop, family, port=4242):
         self.lab, self.sender, self.hop = lab, sender, hop
-        self.flow = wire.Flow(family, client_of(family), hop.destination, port, 8080)
-        self.buffer = bytearray(wire.HEADER_BYTES_MAX)
+        self.flow = headers.Flow(family, client_of(family), hop.destination, port, 8080)
+        self.buffer = bytearray(headers.HEADER_BYTES_MAX)
 
     def send(self, seq, ack, bits, options=b"", payload=b"", mss=1400, wnd=65535):
-        end = wire.write_frame(
+        end = headers.write_frame(
             self.buffer, self.flow, self.hop.l2, seq, ack, bits, wnd, options, len(payload), mss
         )
         header = memoryview(self.buffer)[:end]
@@ -252,11 +254,11 @@ def test_a_frame_arrives_byte_exact(lab, hops, sender, family, tx):
     lab.offload(tx)
     peer = lab.listen_raw("far", "vb1")
     line = Wire(lab, sender, ready(lab, hops, family), family)
-    options = wire.data_options(11, 12)
+    options = headers.data_options(11, 12)
     sent = []
     for n in (0, 1, 100, 1400):
         payload = os.urandom(n)
-        code, header = line.send(1000 + n, 77, abi.ACK | abi.PSH, options, payload)
+        code, header = line.send(1000 + n, 77, ACK | PSH, options, payload)
         assert code == 0
         sent.append((header, payload))
     got = list(tcp_frames(peer, family, client_of(family)))
@@ -280,16 +282,16 @@ def test_a_real_tcp_accepts_it(lab, hops, sender, family, tx):
     back = lab.listen_raw("near", "va1")
     hop = ready(lab, hops, family)
     line = Wire(lab, sender, hop, family)
-    line.send(999, 0, abi.SYN, wire.syn_options(1400, 7, True, 100))
+    line.send(999, 0, SYN, headers.syn_options(1400, 7, True, 100))
     target = mapped(far_of(family))
-    _, tcp, _ = next(t for t in tcp_frames(back, family, target) if t[1][13] == abi.SYN | abi.ACK)
+    _, tcp, _ = next(t for t in tcp_frames(back, family, target) if t[1][13] == SYN | ACK)
     irs, acked = struct.unpack_from("!II", tcp, 4)
     assert acked == 1000
     # The request, in one send of 50 KB, and the FIN with it: sent in the kernel's last piece.
     payload = os.urandom(50_000)
-    options = wire.data_options(101, 0)
-    line.send(1000, irs + 1, abi.ACK, options)
-    code, _ = line.send(1000, irs + 1, abi.ACK | abi.PSH | abi.FIN, options, payload)
+    options = headers.data_options(101, 0)
+    line.send(1000, irs + 1, ACK, options)
+    code, _ = line.send(1000, irs + 1, ACK | PSH | FIN, options, payload)
     assert code == 0
     conn, peer = server.accept()
     lab.sockets.append(conn)
@@ -299,7 +301,7 @@ def test_a_real_tcp_accepts_it(lab, hops, sender, family, tx):
     while piece := conn.recv(1 << 16):
         got += piece
         # Its first window may hold less than 50 KB; a real session would retransmit.
-        line.send(1000 + len(got), irs + 1, abi.ACK | abi.FIN, options, payload[len(got) :])
+        line.send(1000 + len(got), irs + 1, ACK | FIN, options, payload[len(got) :])
     assert got == payload
     assert sender.errors == {}
 
@@ -310,8 +312,8 @@ def test_a_super_segment_arrives_as_frames_of_the_mss(lab, hops, sender, family)
     peer = lab.listen_raw("far", "vb1")
     line = Wire(lab, sender, ready(lab, hops, family), family)
     payload = os.urandom(50_000)
-    options = wire.data_options(1, 2)
-    assert line.send(5000, 9, abi.ACK | abi.PSH | abi.FIN, options, payload, mss=1400)[0] == 0
+    options = headers.data_options(1, 2)
+    assert line.send(5000, 9, ACK | PSH | FIN, options, payload, mss=1400)[0] == 0
     got = list(tcp_frames(peer, family, client_of(family)))
     assert len(got) == 36
     assert b"".join(piece for _, _, piece in got) == payload
@@ -321,28 +323,28 @@ def test_a_super_segment_arrives_as_frames_of_the_mss(lab, hops, sender, family)
         assert sums_are_right(frame, family)
         assert struct.unpack_from("!II", tcp, 4) == (at, 9)
         last = at + len(piece) == 55_000
-        assert tcp[13] == (abi.ACK | abi.PSH | abi.FIN if last else abi.ACK)
+        assert tcp[13] == (ACK | PSH | FIN if last else ACK)
         at += len(piece)
     if family == 4:
         ids = [int.from_bytes(frame[18:20], "big") for frame, _, _ in got]
         assert [(n - ids[0]) & 0xFFFF for n in ids] == list(range(36))
-        _, header = line.send(1, 1, abi.ACK)
+        _, header = line.send(1, 1, ACK)
         assert (int.from_bytes(header[18:20], "big") - ids[0]) & 0xFFFF >= 36
 
 
 def test_what_cannot_be_sent_is_counted(lab, hops, sender):
     hop = ready(lab, hops, 4)
     line = Wire(lab, sender, hop, 4)
-    assert line.send(1, 1, abi.ACK)[0] == 0
+    assert line.send(1, 1, ACK)[0] == 0
     # Longer than the device's MTU and not to be cut: what was believed of the path was wrong.
-    assert line.send(1, 1, abi.ACK, payload=bytes(1600), mss=1600)[0] == errno.EMSGSIZE
+    assert line.send(1, 1, ACK, payload=bytes(1600), mss=1600)[0] == errno.EMSGSIZE
     lab.ip("near", "link set va1 down")
-    assert line.send(1, 1, abi.ACK)[0] == errno.ENETDOWN
+    assert line.send(1, 1, ACK)[0] == errno.ENETDOWN
     lab.address("near", "va1", 1, 1)
     pump(hops, lambda: hop.usable)
-    assert line.send(1, 1, abi.ACK)[0] == 0
+    assert line.send(1, 1, ACK)[0] == 0
     lab.ip("near", "link del va1")
-    code = line.send(1, 1, abi.ACK)[0]
+    code = line.send(1, 1, ACK)[0]
     assert code in (errno.ENXIO, errno.ENODEV)
     assert sum(sender.errors.values()) == 3
     pump(hops, lambda: not hop.usable)
@@ -354,7 +356,7 @@ def test_what_cannot_be_sent_is_counted(lab, hops, sender):
     lab.address("far", "vb1", 1, 2)
     lab.address("near", "va1", 1, 1)
     pump(hops, lambda: hop.usable)
-    assert line.send(1, 1, abi.ACK)[0] == 0
+    assert line.send(1, 1, ACK)[0] == 0
 
 
 @pytest.mark.alone
@@ -365,19 +367,17 @@ def test_a_full_queue_is_back_pressure_then_counted(lab, hops, sender):
     run(
         f"ip netns exec {lab.near} tc qdisc replace dev va1 root tbf rate 1mbit burst 4k limit 100m"
     )
-    until(lambda: line.send(1, 1, abi.ACK, payload=bytes(60_000))[0], 10, lambda: None)
+    until(lambda: line.send(1, 1, ACK, payload=bytes(60_000))[0], 10, lambda: None)
     assert set(sender.errors) == {errno.EAGAIN}
     # Within one flush it is waited for no more: 500 waits would take half a second.
     begin = time.monotonic()
     for _ in range(500):
-        line.send(1, 1, abi.ACK, payload=bytes(60_000))
+        line.send(1, 1, ACK, payload=bytes(60_000))
     assert time.monotonic() - begin < 0.3, "no stall"
     sender.begin()
     # A queue shorter than the socket may fill: the qdisc drops, and says so.
     run(f"ip netns exec {lab.near} tc qdisc replace dev va1 root tbf rate 1mbit burst 4k limit 10k")
-    until(
-        lambda: line.send(1, 1, abi.ACK, payload=bytes(1400))[0] == errno.ENOBUFS, 10, lambda: None
-    )
+    until(lambda: line.send(1, 1, ACK, payload=bytes(1400))[0] == errno.ENOBUFS, 10, lambda: None)
     assert sender.errors[errno.ENOBUFS] == 1
 
 
@@ -394,7 +394,7 @@ def test_a_device_without_link_header(lab, hops, sender):
         hop = hops.resolve(mapped("10.79.0.2"))
         pump(hops, lambda: hop.usable)
         assert (hop.ifname, hop.l2, hop.source) == ("pctun", b"", mapped("10.79.0.1"))
-        _, header = Wire(lab, sender, hop, 4).send(1, 2, abi.ACK, payload=b"request")
+        _, header = Wire(lab, sender, hop, 4).send(1, 2, ACK, payload=b"request")
         source = client_of(4)[12:]
 
         def arrived():

@@ -21,7 +21,14 @@ import re
 import struct
 from collections import deque
 
-from pycopy.abi import (
+from pycopy.report.ledger import Ledger
+from pycopy.session import rewrite
+from pycopy.session.addresses import KeptAddresses
+from pycopy.session.fates import Count, Fate, ResponseFate
+from pycopy.session.rules import Rules
+from pycopy.session.states import Outcome
+from pycopy.session.table import Table
+from pycopy.wire.segment import (
     ACK,
     KEY,
     KIND_CLIENT,
@@ -34,13 +41,7 @@ from pycopy.abi import (
     SYN,
     Segment,
 )
-from pycopy.ledger import Count, Fate, Ledger, ResponseFate
-from pycopy.seq import MASK, diff
-from pycopy.session import rewrite
-from pycopy.session.addresses import KeptAddresses
-from pycopy.session.rules import Rules
-from pycopy.session.states import Outcome
-from pycopy.session.table import Table
+from pycopy.wire.seq import MASK, diff
 
 ONLINE_IRS, TARGET_IRS = 0xFFFFFF00, 0xABCDEF00  # one of them wraps in any script
 FLAGS = "FSRP.UEW"

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from pycopy.abi import KEY, KIND_CLIENT, KIND_TARGET, Segment
-from pycopy.ledger import Count, Fate, Ledger
+from pycopy.report.ledger import Ledger
 from pycopy.session.addresses import KeptAddresses
+from pycopy.session.fates import Count, Fate
 from pycopy.session.rules import Rules
 from pycopy.session.states import Outcome
 from pycopy.session.table import Table
+from pycopy.wire.segment import KEY, KIND_CLIENT, KIND_TARGET, Segment
 from tests.sessions.model import (
     ACK,
     FIN,

@@ -2,8 +2,6 @@ import ipaddress
 
 import pytest
 
-from pycopy.abi import KEY
-from pycopy.inet import family_of, map_address
 from pycopy.session.addresses import (
     PORT_HI,
     PORT_LO,
@@ -13,6 +11,8 @@ from pycopy.session.addresses import (
     SelfPorts,
     usable_hosts,
 )
+from pycopy.wire.address import family_of, map_address
+from pycopy.wire.segment import KEY
 
 
 def address(text):

@@ -2,11 +2,11 @@ import struct
 
 import pytest
 
-from pycopy.abi import ACK, FIN, RST, Segment
-from pycopy.ledger import Fate
 from pycopy.session import admission
 from pycopy.session.admission import Admission
+from pycopy.session.fates import Fate
 from pycopy.session.rules import SECOND, Rules
+from pycopy.wire.segment import ACK, FIN, RST, Segment
 
 LATE = 3600 * SECOND
 

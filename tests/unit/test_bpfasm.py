@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from pycopy import bpfasm
-from pycopy.bpfasm import Assembler, Label, Register, TooFar
+from pycopy.kernel import bpfasm
+from pycopy.kernel.bpfasm import Assembler, Label, Register, TooFar
 
 pytestmark = pytest.mark.skipif(sys.byteorder != "little", reason="bytes of little-endian hosts")
 

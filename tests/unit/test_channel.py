@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-from pycopy.abi import KEY, KIND_CLIENT, KIND_TARGET, KIND_TOO_BIG, SEGMENT, Segment
 from pycopy.channel import (
     ChannelServer,
     Count,
@@ -36,7 +35,8 @@ from pycopy.channel.codec import (
 )
 from pycopy.channel.listen import listen
 from pycopy.errors import PycopyError
-from pycopy.loop import Loop
+from pycopy.process.loop import Loop
+from pycopy.wire.segment import KEY, KIND_CLIENT, KIND_TARGET, KIND_TOO_BIG, SEGMENT, Segment
 
 LIMIT_S = 10
 

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pycopy import abi
 from pycopy.channel import codec
 from pycopy.channel.codec import (
     HEADER,
@@ -35,6 +34,7 @@ from pycopy.channel.codec import (
     Type,
     Welcome,
 )
+from pycopy.wire.segment import SEGMENT
 
 EVERYTHING = frozenset(Type)
 U64 = st.integers(0, 2**64 - 1)
@@ -220,7 +220,7 @@ def test_text_of_a_peer_cannot_steer_a_terminal():
 
 
 def test_a_record_travels_as_it_is():
-    assert codec.SEGMENT_BYTES == abi.SEGMENT.size == 112
+    assert codec.SEGMENT_BYTES == SEGMENT.size == 112
     record = bytes(range(112))
     (progress,) = decode([Progress(1, record).encode()])
     assert progress.records == record

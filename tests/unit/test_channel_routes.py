@@ -2,9 +2,9 @@
 
 import ipaddress
 
-from pycopy.abi import KEY
 from pycopy.channel.codec import Range
 from pycopy.channel.routes import Routes
+from pycopy.wire.segment import KEY
 
 
 def mapped(text: str) -> bytes:

@@ -4,11 +4,11 @@ import ipaddress
 
 import pytest
 
-from pycopy.abi import POOL_NETWORKS
-from pycopy.channelanswers import ChannelAnswers
-from pycopy.config import ReplayConfig
-from pycopy.inet import map_address
-from pycopy.loop import Loop
+from pycopy.command.config import ReplayConfig
+from pycopy.kernel.abi import POOL_NETWORKS
+from pycopy.process.loop import Loop
+from pycopy.responses.elsewhere import ChannelAnswers
+from pycopy.wire.address import map_address
 
 TARGET = {4: "10.0.0.2", 6: "fd00::2"}
 

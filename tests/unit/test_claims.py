@@ -4,10 +4,10 @@ import ipaddress
 
 import pytest
 
-from pycopy.abi import CLAIM_KEY, PASS, RELAY, SWALLOW
 from pycopy.channel import Range
-from pycopy.claims import Claims, ClaimsFull, describe, range_of
-from pycopy.inet import map_address
+from pycopy.interception.verdicts import Claims, ClaimsFull, describe, range_of
+from pycopy.kernel.abi import CLAIM_KEY, PASS, RELAY, SWALLOW
+from pycopy.wire.address import map_address
 
 OWN = map_address(ipaddress.ip_address("10.0.0.2"))
 

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
-from pycopy import cli, options
-from pycopy.config import default_ring_bytes
+from pycopy import cli
+from pycopy.command import options
+from pycopy.command.config import default_ring_bytes
 from pycopy.errors import UsageError
-from pycopy.inet import map_address
+from pycopy.wire.address import map_address
 
 COMMANDS = list(options.COMMANDS)
 PARSERS = {

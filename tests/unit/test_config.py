@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pycopy import config
-from pycopy.config import Service, endpoint
+from pycopy.command import config
+from pycopy.command.config import Service, endpoint
 from pycopy.errors import UsageError
-from pycopy.inet import map_address, unmap_address
+from pycopy.wire.address import map_address, unmap_address
 
 ADDRESSES = st.ip_addresses().filter(
     # ::ffff:a.b.c.d is the same address as a.b.c.d here.

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from pycopy.daemon import LogFile, PidFile
 from pycopy.errors import PycopyError
+from pycopy.process.daemon import LogFile, PidFile
 
 # A driver as replay and intercept are, in small: ready, then HUP and TERM.
 PROGRAM = """
 import os, signal, sys
-from pycopy import cli, daemon
+from pycopy import cli
+from pycopy.process import daemon
 from pycopy.errors import HostUnfit
 
 mode, log, pid, detach = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "-d"

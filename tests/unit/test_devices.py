@@ -5,9 +5,9 @@ import socket
 
 import pytest
 
-from pycopy.devices import find_devices, local_addresses
 from pycopy.errors import HostUnfit, UsageError
-from pycopy.inet import unmap_address
+from pycopy.host.devices import find_devices, local_addresses
+from pycopy.wire.address import unmap_address
 
 
 def test_loopback_by_name_only():

@@ -5,12 +5,13 @@ import random
 import pytest
 
 from pycopy import cli
-from pycopy.abi import FAST_COUNTS, FastCount, Left
 from pycopy.fastpath import driver as driver_module
 from pycopy.fastpath.driver import HOLDING_NS, NOT_SENT, REST_NS, SWEEP_NS, TICK_NS, FastPath
 from pycopy.fastpath.kernel import active
-from pycopy.ledger import Count, Fate, Ledger, ResponseFate
-from pycopy.nexthop import Hop
+from pycopy.host.nexthop import Hop
+from pycopy.kernel.abi import FAST_COUNTS, FastCount, Left
+from pycopy.report.ledger import Ledger
+from pycopy.session.fates import Count, Fate, ResponseFate
 from pycopy.session.states import Outcome
 
 LINE = "-x 80-10.0.0.2:8080 --max-sessions 99"
@@ -176,7 +177,7 @@ def test_time_passes_faster_while_something_is_pending(make):
     assert path.deadline_ns == 9 + HOLDING_NS and len(path.kernel.told) == 4
     path.on_timer(7 + SWEEP_NS)
     assert path.kernel.told[4:] == [("sweep",), ("on_timer",)]
-    assert path._table.calls[-1] == ("adopt_all", (), 7 + SWEEP_NS)
+    assert path._table.calls[-1] == ("adopt_all", [], 7 + SWEEP_NS)
 
 
 def test_the_end_of_the_run(make):
@@ -184,7 +185,7 @@ def test_the_end_of_the_run(make):
     path.stop(9)
     path.after_turn(lambda: False)
     assert path.kernel.told[:2] == [("set_closed", True), ("fetch_all",)]
-    assert path._table.calls == [("adopt_all", (), 9), ("give_back",)]
+    assert path._table.calls == [("adopt_all", [], 9), ("give_back",)]
     path.close()
     assert path.kernel.told[-1] == ("close",)
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from pycopy import abi, bpfmaps, link, objects
-from pycopy.abi import Constant
 from pycopy.fastpath import maps as maps_module
 from pycopy.fastpath.maps import LOG_MIN_BYTES, LOG_TOTAL_BYTES, SLOTS_MAX, Maps, log_bytes
+from pycopy.kernel import abi, objects, shapes, syscall
+from pycopy.kernel.abi import Constant
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 7, 8, 31, 32, 33, 128, 1024])
@@ -34,7 +34,7 @@ def test_sizes(few):
     assert sizes["flows"] > 200 + maps_module.DISOWNED_MAX and sizes["targets"] == 300
     assert sizes["pending"] == 2  # of 64 sessions each
     assert sizes["hops"] == sizes["next_port"] == 3
-    assert sizes["log"] == few.cpus == link.possible_cpus()
+    assert sizes["log"] == few.cpus == syscall.possible_cpus()
     assert len(few.log) >= few.log_at(few.cpus - 1) + few.log_value_bytes
     values = {name: each.value_bytes for name, each in few.by_name.items()}
     assert values["sessions"] == abi.KERNEL_SESSION.size
@@ -47,7 +47,7 @@ def test_programs_are_told_of_every_map(few):
     assert dict(few.given) == {name: each.fd for name, each in few.by_name.items()}
     # All that the programs of the fast path use, but for what each has of its own.
     used = objects.map_numbers(objects.find("fastpath-tc-ether-fast").programs.values())
-    assert {bpfmaps.NUMBERS[name] for name in few.given} >= used - {bpfmaps.NUMBERS["cursors"]}
+    assert {shapes.NUMBERS[name] for name in few.given} >= used - {shapes.NUMBERS["cursors"]}
 
 
 def test_slots_are_bounded(root, monkeypatch):

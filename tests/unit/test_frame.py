@@ -2,9 +2,10 @@
 
 import pytest
 
-from pycopy.abi import InterceptCount
-from pycopy.frame import familiar_line, picture, troubles
-from pycopy.ledger import Count, Fate, Ledger
+from pycopy.kernel.abi import InterceptCount
+from pycopy.report.ledger import Ledger
+from pycopy.report.picture import familiar_line, picture, troubles
+from pycopy.session.fates import Count, Fate
 
 
 def a_ledger(*fates):

@@ -4,9 +4,10 @@ import ipaddress
 
 import pytest
 
-from pycopy import config, guards
+from pycopy.command import config, guards
 from pycopy.errors import HostUnfit, Refused, UsageError
-from pycopy.inet import map_address
+from pycopy.host import privileges
+from pycopy.wire.address import map_address
 
 LOCAL = {map_address(ipaddress.ip_address(a)) for a in ("10.0.0.1", "fd00::1")}
 
@@ -99,12 +100,12 @@ def test_public_targets_need_a_flag(text):
 def test_privileges():
     bits = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_PERFMON": 38, "CAP_BPF": 39}
     every = sum(1 << bit for bit in bits.values())
-    guards.check_privileges(every)
+    privileges.check_privileges(every)
     # CAP_SYS_ADMIN stands in for CAP_BPF and CAP_PERFMON
-    guards.check_privileges(1 << 12 | 1 << 13 | 1 << 21)
+    privileges.check_privileges(1 << 12 | 1 << 13 | 1 << 21)
     for name, bit in bits.items():
         with pytest.raises(HostUnfit) as caught:
-            guards.check_privileges(every & ~(1 << bit))
+            privileges.check_privileges(every & ~(1 << bit))
         assert caught.value.cause.endswith(f": {name} missing")
         assert "sudo" in caught.value.cure
         assert "AmbientCapabilities" in caught.value.cure

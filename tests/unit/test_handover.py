@@ -8,9 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pycopy.abi import (
-    ACK,
-    FIN,
+from pycopy.fastpath.handover import adopt, describe, may_give, unfinished
+from pycopy.kernel.abi import (
     KERNEL_SESSION,
     KNOWN_DOUBT,
     KNOWN_FIN,
@@ -19,22 +18,17 @@ from pycopy.abi import (
     KNOWN_OVERLAP,
     KNOWN_SENT,
     LOG_BOUNDARY,
-    PIECE_BYTES,
-    PSH,
-    RST,
-    SYN,
     KernelSession,
     LogRecord,
     Owner,
-    Segment,
 )
-from pycopy.ledger import Ledger
-from pycopy.seq import MASK
-from pycopy.session.handover import adopt, describe, may_give, unfinished
+from pycopy.report.ledger import Ledger
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.session import Session
 from pycopy.session.states import State
 from pycopy.session.views import NEVER, NO_POSITION, Chunk, Online, Target
+from pycopy.wire.segment import ACK, FIN, PIECE_BYTES, PSH, RST, SYN, Segment
+from pycopy.wire.seq import MASK
 
 ONLINE_KEY, TARGET_KEY = bytes(range(36)), bytes(range(100, 136))
 ZERO = Segment(0, *[0] * 15, b"", bytes(32))

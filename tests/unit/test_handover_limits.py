@@ -2,21 +2,20 @@
 
 import pytest
 
-from pycopy.abi import (
+from pycopy.fastpath.handover import adopt, describe
+from pycopy.kernel.abi import (
     KNOWN_DOUBT,
     KNOWN_FIN,
     KNOWN_IRS,
     KNOWN_NEED,
     KNOWN_OVERLAP,
     KNOWN_SENT,
-    PIECE_BYTES,
-    PSH,
     Owner,
 )
-from pycopy.session.handover import adopt, describe
 from pycopy.session.rules import MS, SECOND
 from pycopy.session.states import State
 from pycopy.session.views import NEVER
+from pycopy.wire.segment import PIECE_BYTES, PSH
 from tests.unit.test_handover import Host, Story, kernel_session, opened, record
 
 ACKED = 0xFFFFFF01  # ``kernel_session``: what the client has acknowledged, nothing but the SYN

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from pycopy import abi, heartbeat, link
-from pycopy.heartbeat import Heartbeat
-from pycopy.loop import BEAT_NS, NEVER_NS, Loop
+from pycopy.kernel import abi, heartbeat, syscall
+from pycopy.kernel.heartbeat import Heartbeat
+from pycopy.process.loop import BEAT_NS, NEVER_NS, Loop
 
 SECOND = 1_000_000_000
 
@@ -49,7 +49,7 @@ def beats(root):
 def test_what_is_beaten_is_what_the_programs_read(beats):
     before = time.monotonic_ns()
     beats.beat()
-    (value,) = memoryview(link.map_lookup(beats.fd, bytes(4), 8)).cast("Q")
+    (value,) = memoryview(syscall.map_lookup(beats.fd, bytes(4), 8)).cast("Q")
     assert before <= value <= time.monotonic_ns()
     assert beats.given == {"heartbeat": beats.fd}
 

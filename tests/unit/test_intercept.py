@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pycopy.config import InterceptConfig
+from pycopy.command.config import InterceptConfig
 from pycopy.errors import PycopyError, UsageError
 from pycopy.intercept import run
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pycopy import demo
+from pycopy.lab import demo
 from pycopy.lab.content import MAX_CONTENT_BYTES, content, http_request, line_request
 from pycopy.lab.copying import Outcome
 from pycopy.lab.plan import make_plans
@@ -109,7 +109,7 @@ def test_a_row_is_good_only_with_everything_at_the_target():
 
 def test_importing_the_lab_imports_nothing_heavy():
     code = (
-        "import sys, pycopy.lab, pycopy.lab.topology, pycopy.lab.load, pycopy.demo;"
+        "import sys, pycopy.lab, pycopy.lab.topology, pycopy.lab.load, pycopy.lab.demo;"
         "sys.exit(any(m in sys.modules for m in ('bcc', 'pyroute2', 'rich', 'scapy')))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=20).returncode == 0

@@ -1,5 +1,6 @@
-from pycopy.abi import CaptureCount, InterceptCount
-from pycopy.ledger import Count, Fate, Ledger, ResponseFate
+from pycopy.kernel.abi import CaptureCount, InterceptCount
+from pycopy.report.ledger import Ledger
+from pycopy.session.fates import Count, Fate, ResponseFate
 
 
 def balanced():

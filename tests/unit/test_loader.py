@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pycopy import objects
+from pycopy.kernel import objects
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +27,8 @@ def test_stub_tree_is_self_contained():
 
 def test_the_long_lived_process_imports_neither_bcc_nor_pyroute2():
     script = (
-        "import sys, pycopy.loader, pycopy.pcapfilter, pycopy.objects, pycopy.ring\n"
+        "import sys, pycopy.loader, pycopy.kernel.ring\n"
+        "from pycopy.kernel import objects, pcapfilter\n"
         "assert not {'bcc', 'pyroute2', 'scapy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env=environment())

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pycopy.loop import NEVER_NS, READ, Loop
+from pycopy.process.loop import NEVER_NS, READ, Loop
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pycopy import messages
+from pycopy.process import console
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +37,7 @@ def test_a_full_pipe_holds_nobody_up(stream):
     """What does not fit is dropped; the end waits its two seconds and not for ever."""
     code = (
         "import sys\n"
-        "from pycopy import messages\n"
+        "from pycopy.process import console as messages\n"
         "for number in range(5000):\n"
         "    messages.put(f'line {number}\\n', to_stdout=sys.argv[1] == 'stdout')\n"
         "messages.leave(7)\n"
@@ -53,7 +53,7 @@ def test_a_full_pipe_holds_nobody_up(stream):
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_closed_stream_is_no_error(stream):
-    code = "from pycopy import messages\nmessages.say('x')\nmessages.leave(0)\n"
+    code = "from pycopy.process import console as messages\nmessages.say('x')\nmessages.leave(0)\n"
     with run(f"import sys\nsys.{stream} = None\n{code}") as child:
         assert child.wait(20) == 0
     reader, writer = os.pipe()
@@ -66,7 +66,7 @@ def test_a_closed_stream_is_no_error(stream):
 def test_what_was_dropped_is_said_once_somebody_reads():
     code = (
         "import sys\n"
-        "from pycopy import messages\n"
+        "from pycopy.process import console as messages\n"
         "for number in range(5000):\n"
         "    messages.say(f'line {number}')\n"
         "print('said', flush=True)\n"
@@ -90,8 +90,8 @@ def test_what_was_dropped_is_said_once_somebody_reads():
 def test_without_a_thread_it_is_said_all_the_same():
     code = (
         "import sys, threading\n"
-        "from pycopy import messages\n"
-        "from pycopy.view import View\n"
+        "from pycopy.process import console as messages\n"
+        "from pycopy.report.view import View\n"
         "import resource, os\n"
         "# What a limit on processes does to a user who is not root.\n"
         "resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))\n"
@@ -113,7 +113,7 @@ def test_without_a_thread_it_is_said_all_the_same():
 def test_a_full_disk_does_not_change_the_status(stream):
     code = (
         "import sys\n"
-        "from pycopy import messages\n"
+        "from pycopy.process import console as messages\n"
         "messages.put('x\\n', to_stdout=sys.argv[1] == 'stdout')\n"
         "messages.leave(7)\n"
     )
@@ -123,9 +123,9 @@ def test_a_full_disk_does_not_change_the_status(stream):
 
 def test_in_order_and_flushed(capsys):
     for number in range(100):
-        messages.say(f"line {number}")
-    messages.put("to stdout\n", to_stdout=True)
-    assert messages.flush()
+        console.say(f"line {number}")
+    console.put("to stdout\n", to_stdout=True)
+    assert console.flush()
     said = capsys.readouterr()
     assert said.err.splitlines() == [f"line {number}" for number in range(100)]
     assert said.out == "to stdout\n"
@@ -135,8 +135,8 @@ def test_a_stopped_terminal_with_the_live_view():
     """rich holds its console's lock while it writes; words go through it and must not wait."""
     code = (
         "import time\n"
-        "from pycopy import messages\n"
-        "from pycopy.view import View\n"
+        "from pycopy.process import console as messages\n"
+        "from pycopy.report.view import View\n"
         "view = View(lambda: {'segments': {'captured': time.monotonic_ns()}})\n"
         "view.start()\n"
         "time.sleep(1)\n"

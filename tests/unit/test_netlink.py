@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from pycopy.netlink import DUMP, attribute, attributes, request
+from pycopy.host.netlink import DUMP, attribute, attributes, request
 
 GET_LINK, IFLA_IFNAME = 18, 3
 IFINFOMSG = struct.Struct("=BxHiII")

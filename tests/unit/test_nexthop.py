@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pycopy import nexthop, rtnetlink
 from pycopy.errors import PycopyError
+from pycopy.host import nexthop, rtnetlink
 
 ROOT = Path(__file__).parents[2]
 MAPPED = bytes(10) + b"\xff\xff"
@@ -53,7 +53,7 @@ def test_multicast_is_refused_with_the_reason_where_there_is_no_route_at_all(roo
     for options in (["-n"], ["-n", "-m"]):
         code = (
             "import sys; sys.path.insert(0, sys.argv[1])\n"
-            "from pycopy import nexthop\n"
+            "from pycopy.host import nexthop\n"
             "hops = nexthop.NextHops()\n"
             "for address in (b'\\xe0\\0\\0\\1', b'\\xef\\1\\2\\3'):\n"
             "    print(hops.resolve(bytes(10) + b'\\xff\\xff' + address).trouble)\n"
@@ -227,7 +227,7 @@ def test_it_costs_little_memory():
         RSS
         + """
 before = rss()
-from pycopy import nexthop
+from pycopy.host import nexthop
 nexthop.NextHops().resolve(bytes(10) + bytes([255, 255, 127, 0, 0, 1]))
 print(rss() - before)
 """
@@ -239,7 +239,7 @@ def test_it_does_without_pyroute2():
     """Which would be 26 MB and 100 ms: half of what this process may weigh."""
     code = """
 import sys
-from pycopy import nexthop
+from pycopy.host import nexthop
 nexthop.NextHops().resolve(bytes(10) + bytes([255, 255, 127, 0, 0, 1]))
 assert "pyroute2" not in sys.modules
 print("well")

@@ -4,11 +4,12 @@ import struct
 
 import pytest
 
-from pycopy.abi import ACK, FIN, PSH, RST, SYN
-from pycopy.ledger import Count, Fate
+from pycopy.fastpath.handover import Keeper
 from pycopy.session import table as table_module
+from pycopy.session.fates import Count, Fate
 from pycopy.session.rules import SECOND
 from pycopy.session.states import Outcome, State
+from pycopy.wire.segment import ACK, FIN, PSH, RST, SYN
 from tests.unit.test_table_kernel import Bench, Kernel
 
 
@@ -27,7 +28,8 @@ class LingeringKernel(Kernel):
 
 def lingering(port):
     bench = Bench()
-    bench.kernel = bench.table.kernel = LingeringKernel(port)
+    bench.kernel = LingeringKernel(port)
+    bench.table.keeper = Keeper(bench.kernel)
     return bench
 
 
@@ -167,9 +169,9 @@ def test_one_that_is_kept_does_not_keep_the_others():
 
 def test_without_a_kernel_it_is_not_remembered_what_was_quiet():
     bench = Bench()
-    bench.table.kernel = None
+    bench.table.keeper = None
     bench.open()
-    bench.table.kernel = bench.kernel
+    bench.table.keeper = Keeper(bench.kernel)
     bench.table.give_back()
     assert not bench.kernel.sessions
 
@@ -212,7 +214,7 @@ def test_a_handshake_of_the_kernels_is_swept_at_once():
         rto_at=SECOND,
         ack_at=0,
     )
-    bench.table.adopt_all([(syn_sent, [])], 0)
+    bench.adopt(syn_sent, [], 0)
     assert bench.table.by_target[given.target].state is State.SYN_SENT
     bench.table.on_time(SECOND)
     assert bench.table.outbox[-1].flags == SYN

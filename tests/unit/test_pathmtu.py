@@ -2,7 +2,7 @@
 
 import pytest
 
-from pycopy.ledger import ResponseFate
+from pycopy.session.fates import ResponseFate
 from tests.sessions.runner import KIND_TOO_BIG, Script
 
 IN_FLIGHT = """

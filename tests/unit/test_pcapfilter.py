@@ -5,10 +5,10 @@ import struct
 
 import pytest
 
-from pycopy import pcapfilter
-from pycopy.bpfasm import INSTRUCTION
 from pycopy.errors import UsageError
-from pycopy.pcapfilter import filter_code, matches
+from pycopy.kernel import pcapfilter
+from pycopy.kernel.bpfasm import INSTRUCTION
+from pycopy.kernel.pcapfilter import filter_code, matches
 
 
 def datagram(dst="10.0.0.1", dport=80):

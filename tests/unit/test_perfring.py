@@ -12,11 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pycopy import perfevent
-from pycopy.abi import KIND_CLIENT, SEGMENT, SEGMENT_BYTES, Segment
 from pycopy.errors import HostUnfit, PycopyError
-from pycopy.loop import NEVER_NS
-from pycopy.perfring import MERGE_NS, PRESSED_NS, SHARE_BYTES_MIN, CpuRing, Merged, share_bytes
+from pycopy.kernel import perfevent
+from pycopy.kernel.perfring import (
+    MERGE_NS,
+    PRESSED_NS,
+    SHARE_BYTES_MIN,
+    CpuRing,
+    Merged,
+    share_bytes,
+)
+from pycopy.process.loop import NEVER_NS
+from pycopy.wire.segment import KIND_CLIENT, SEGMENT, SEGMENT_BYTES, Segment
 
 DATA_BYTES = 8192
 HEAD_AT, TAIL_AT = 1024, 1032

@@ -5,11 +5,11 @@ import socket
 
 import pytest
 
-from pycopy import placement
 from pycopy.channel import Placement
 from pycopy.errors import UsageError
-from pycopy.inet import map_address
-from pycopy.placement import choose, listeners
+from pycopy.interception import placement
+from pycopy.interception.placement import choose, listeners
+from pycopy.wire.address import map_address
 
 
 def at(address, port):

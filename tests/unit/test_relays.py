@@ -9,14 +9,14 @@ import socket
 
 import pytest
 
-from pycopy import abi
-from pycopy.abi import PASS, RELAY, SWALLOW
 from pycopy.channel import ChannelServer, Hello, InterceptClient, Placement, Relaying
 from pycopy.channel.server import MAX_REPLAYS
-from pycopy.claims import Claims, range_of
-from pycopy.inet import map_address
-from pycopy.loop import Loop
-from pycopy.relays import Relays
+from pycopy.interception.relays import Relays
+from pycopy.interception.verdicts import Claims, range_of
+from pycopy.kernel import abi
+from pycopy.kernel.abi import PASS, RELAY, SWALLOW
+from pycopy.process.loop import Loop
+from pycopy.wire.address import map_address
 from tests.unit.test_claims import Table, default_of
 
 COOKIE = 0xFEED_FACE_CAFE_F00D

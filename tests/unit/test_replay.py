@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from pycopy.config import ReplayConfig
+from pycopy.command.config import ReplayConfig
 from pycopy.replay import Replay
 
 

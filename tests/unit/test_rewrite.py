@@ -4,12 +4,22 @@ import ipaddress
 
 import pytest
 
-from pycopy import wire
-from pycopy.abi import ACK, FIN, KEY, OPT_SACK_PERM, OPT_TIMESTAMPS, OPT_WSCALE, PSH, RST, SYN
-from pycopy.inet import map_address
 from pycopy.session import rewrite
 from pycopy.session.session import Emission, Session
 from pycopy.session.views import Online, Target
+from pycopy.wire import headers
+from pycopy.wire.address import map_address
+from pycopy.wire.segment import (
+    ACK,
+    FIN,
+    KEY,
+    OPT_SACK_PERM,
+    OPT_TIMESTAMPS,
+    OPT_WSCALE,
+    PSH,
+    RST,
+    SYN,
+)
 
 layers = pytest.importorskip("scapy.layers.all")
 
@@ -22,12 +32,12 @@ def session(family=4, options=ALL, mss=1460):
     view = Target(1000, 1, mss, 0)
     view.options, view.rcv_wscale, view.irs, view.ts_recent = options, 7, 5000, 77
     made = Session(None, b"", KEY.pack(source, target, 40000, 80), family, 0, Online(0), view, 0)
-    made.flow = wire.Flow(family, source, target, 40000, 80)
+    made.flow = headers.Flow(family, source, target, 40000, 80)
     return made
 
 
 def written(made, flags, data=b"", mtu=1500):
-    buffer = bytearray(wire.HEADER_BYTES_MAX)
+    buffer = bytearray(headers.HEADER_BYTES_MAX)
     emission = Emission(made, flags, 1001, 5001, 33, data)
     size = rewrite.write(
         buffer, emission, made.flow, bytes(12) + (b"\x08\0", b"\x86\xdd")[made.family == 6], mtu

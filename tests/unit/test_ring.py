@@ -10,9 +10,9 @@ import struct
 
 import pytest
 
-from pycopy import ring as ring_module
-from pycopy.abi import KIND_CLIENT, SEGMENT, SEGMENT_BYTES, Segment
-from pycopy.ring import Ring
+from pycopy.kernel import ring as ring_module
+from pycopy.kernel.ring import Ring
+from pycopy.wire.segment import KIND_CLIENT, SEGMENT, SEGMENT_BYTES, Segment
 
 RING_BYTES = 8192
 BUSY, DISCARD = 1 << 31, 1 << 30

@@ -8,28 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from pycopy import selfports
 from pycopy.errors import PycopyError, UsageError
+from pycopy.host import ports
 
-ROOT = Path(selfports.__file__).parents[1]
+ROOT = Path(ports.__file__).parents[2]
 
 
 def test_default_range_is_beside_the_ephemeral_one():
-    low, high = selfports.choose_range(None)
-    ephemeral_low, ephemeral_high = selfports.ephemeral_range()
+    low, high = ports.choose_range(None)
+    ephemeral_low, ephemeral_high = ports.ephemeral_range()
     assert high < ephemeral_low or low > ephemeral_high
-    assert selfports.LOWEST <= low < high <= selfports.HIGHEST
+    assert ports.LOWEST <= low < high <= ports.HIGHEST
 
 
 def test_a_range_inside_the_ephemeral_one_is_refused_with_both_named():
-    low, high = selfports.ephemeral_range()
+    low, high = ports.ephemeral_range()
     with pytest.raises(UsageError, match=f"{low}-{high}"):
-        selfports.choose_range((low + 1, low + 10))
+        ports.choose_range((low + 1, low + 10))
 
 
 def test_a_range_of_the_users_own_is_taken_as_given(monkeypatch):
-    monkeypatch.setattr(selfports, "ephemeral_range", lambda: (32768, 60999))
-    assert selfports.choose_range((20000, 20010)) == (20000, 20010)
+    monkeypatch.setattr(ports, "ephemeral_range", lambda: (32768, 60999))
+    assert ports.choose_range((20000, 20010)) == (20000, 20010)
 
 
 @pytest.mark.parametrize(
@@ -37,14 +37,14 @@ def test_a_range_of_the_users_own_is_taken_as_given(monkeypatch):
     [((32768, 60999), (10000, 32767)), ((10000, 30000), (30001, 65535))],
 )
 def test_the_wider_side_is_taken(monkeypatch, ephemeral, expected):
-    monkeypatch.setattr(selfports, "ephemeral_range", lambda: ephemeral)
-    assert selfports.choose_range(None) == expected
+    monkeypatch.setattr(ports, "ephemeral_range", lambda: ephemeral)
+    assert ports.choose_range(None) == expected
 
 
 def test_no_room_beside_the_ephemeral_range_is_an_error(monkeypatch):
-    monkeypatch.setattr(selfports, "ephemeral_range", lambda: (1024, 65535))
+    monkeypatch.setattr(ports, "ephemeral_range", lambda: (1024, 65535))
     with pytest.raises(PycopyError, match="leave no room"):
-        selfports.choose_range(None)
+        ports.choose_range(None)
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
@@ -53,28 +53,28 @@ def test_a_port_that_a_socket_uses_is_left_out(family):
         used.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
         used.listen()
         port = used.getsockname()[1]
-        assert port in selfports.ports_in_use()
-        assert selfports.choose_ports((port - 1, port + 1)).count(port) == 0
+        assert port in ports.ports_in_use()
+        assert ports.choose_ports((port - 1, port + 1)).count(port) == 0
 
 
 def test_a_port_that_is_copied_is_left_out():
-    ports = selfports.choose_ports((20_000, 20_099))
-    assert selfports.choose_ports((20_000, 20_099), ports[:-1]) == ports[-1:]
+    chosen = ports.choose_ports((20_000, 20_099))
+    assert ports.choose_ports((20_000, 20_099), chosen[:-1]) == chosen[-1:]
     with pytest.raises(PycopyError, match="or copied"):
-        selfports.choose_ports((20_000, 20_099), range(10_000, 30_000))
+        ports.choose_ports((20_000, 20_099), range(10_000, 30_000))
 
 
 def test_a_range_without_a_free_port_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as used:
         port = used.getsockname()[1]
         with pytest.raises(PycopyError, match="in use"):
-            selfports.choose_ports((port, port))
+            ports.choose_ports((port, port))
 
 
 def test_a_range_is_held_until_the_process_ends():
     """Two replays that hand out the same ports would take each other's answers."""
     code = (
-        "import sys; from pycopy import selfports\n"
+        "import sys; from pycopy.host import ports as selfports\n"
         "try: selfports.hold_range((%d, %d))\n"
         "except Exception as error: print(error)\n"
         "else: print('held')\n"
@@ -86,7 +86,7 @@ def test_a_range_is_held_until_the_process_ends():
         )
         return done.stdout
 
-    lock = selfports.hold_range((21_000, 21_999))
+    lock = ports.hold_range((21_000, 21_999))
     try:
         assert "another replay" in other(21_999, 22_500)
         assert "--ports" in other(20_000, 21_000)
@@ -99,7 +99,7 @@ def test_a_range_is_held_until_the_process_ends():
 HOLD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from pycopy import selfports
+from pycopy.host import ports as selfports
 try:
     selfports.hold_range((23_000, 23_999))
 except Exception as error:
@@ -127,7 +127,7 @@ def test_of_many_at_once_one_gets_it():
 
 
 def test_each_network_namespace_has_ports_of_its_own(root):
-    lock = selfports.hold_range((23_000, 23_999))
+    lock = ports.hold_range((23_000, 23_999))
     try:
         assert holders(1) == ["PycopyError"]
         assert holders(1, "unshare", "-n") == ["held"]

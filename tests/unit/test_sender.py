@@ -7,8 +7,8 @@ import types
 
 import pytest
 
+from pycopy.egress.sender import Sender
 from pycopy.errors import HostUnfit
-from pycopy.sender import Sender
 
 NOBODY = 65534
 NO_SUCH_INTERFACE = types.SimpleNamespace(ifindex=0x7FFFFFF0)

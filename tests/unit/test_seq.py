@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pycopy import seq
+from pycopy.wire import seq
 
 numbers = st.integers(0, seq.MASK) | st.sampled_from([0, 1, 2**31 - 1, 2**31, 2**31 + 1, seq.MASK])
 steps = st.integers(-(2**31) + 1, 2**31 - 1)

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 import pycopy.session
-from pycopy.abi import ACK, OPT_WSCALE, PSH, SYN, Segment
-from pycopy.ledger import Count, Fate, Ledger
+from pycopy.report.ledger import Ledger
+from pycopy.session.fates import Count, Fate
 from pycopy.session.rules import SECOND, Rules
 from pycopy.session.session import Emission, Session
 from pycopy.session.states import Outcome, State
 from pycopy.session.views import NEVER, Online, Target
+from pycopy.wire.segment import ACK, OPT_WSCALE, PSH, SYN, Segment
 
 ZERO = Segment(0, *[0] * 15, b"", bytes(32))
 

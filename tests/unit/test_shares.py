@@ -4,11 +4,18 @@ import ipaddress
 
 import pytest
 
-from pycopy import shares
-from pycopy.abi import KEY
-from pycopy.config import ReplayConfig
+from pycopy.command.config import ReplayConfig
 from pycopy.errors import UsageError
-from pycopy.session.addresses import PORTS, TRIES, KeptAddresses, PooledAddresses
+from pycopy.session.addresses import (
+    PORTS,
+    TRIES,
+    KeptAddresses,
+    PooledAddresses,
+    own_ports,
+    worker_of,
+)
+from pycopy.wire.segment import KEY
+from pycopy.workers import shares
 
 NUMBERS = (2, 3, 4, 7, 16, 64)
 
@@ -20,7 +27,7 @@ def test_flows_are_spread_evenly(workers, step):
     ports = range(1024, 65536, step)
     found = [0] * workers
     for port in ports:
-        found[shares.worker_of(port, workers)] += 1
+        found[worker_of(port, workers)] += 1
     fair = len(ports) / workers
     # Six standard deviations of a fair die: a bad hash is beside it by far more.
     assert max(abs(number - fair) for number in found) < 6 * fair**0.5
@@ -29,24 +36,24 @@ def test_flows_are_spread_evenly(workers, step):
 @pytest.mark.parametrize("workers", NUMBERS)
 def test_every_port_is_one_workers(workers):
     configs = [ReplayConfig(workers=workers, worker=worker) for worker in range(workers)]
-    given = sorted(port for config in configs for port in shares.own_ports(config))
+    given = sorted(port for config in configs for port in own_ports(config.worker, config.workers))
     assert given == list(PORTS)
     owns = [shares.Own(config) for config in configs]
     for port in (1, 1023, 4711, 65535):
         key = KEY.pack(bytes(16), bytes(16), port, 80)
         owners = [worker for worker, own in enumerate(owns) if own.has(key)]
-        assert owners == [shares.worker_of(port, workers)]
+        assert owners == [worker_of(port, workers)]
 
 
 def test_a_single_one_has_all_ports():
-    assert shares.own_ports(ReplayConfig()) is PORTS
+    assert own_ports(0, 1) is PORTS
     assert shares.Own(ReplayConfig()).has(KEY.pack(bytes(16), bytes(16), 443, 80))
 
 
 @pytest.mark.parametrize("kind", ["kept", "pool"])
 def test_another_port_is_the_workers_own(kind):
     config = ReplayConfig(workers=64, worker=5)
-    own, ports = shares.Own(config), shares.own_ports(config)
+    own, ports = shares.Own(config), own_ports(config.worker, config.workers)
     pool = [ipaddress.ip_network("10.9.9.9/32")]
     addresses = (
         KeptAddresses(ports) if kind == "kept" else PooledAddresses(pool, frozenset(), ports)

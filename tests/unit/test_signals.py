@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pycopy.loop import Loop
-from pycopy.signals import Signals
+from pycopy.process.loop import Loop
+from pycopy.process.signals import Signals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,8 +63,8 @@ def test_everything_is_as_before(loop):
 def test_a_signal_ends_a_wait():
     code = (
         "import time\n"
-        "from pycopy.loop import Loop\n"
-        "from pycopy.signals import Signals\n"
+        "from pycopy.process.loop import Loop\n"
+        "from pycopy.process.signals import Signals\n"
         "loop, ended = Loop(), []\n"
         "Signals(loop, lambda: ended.append(1), {})\n"
         "print('ready', flush=True)\n"

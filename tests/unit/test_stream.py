@@ -1,4 +1,3 @@
-from pycopy.abi import ACK, FIN, PSH, RST
 from pycopy.session.stream import (
     HORIZON_BYTES,
     Offer,
@@ -9,6 +8,7 @@ from pycopy.session.stream import (
     ripen,
 )
 from pycopy.session.views import Chunk, Online, unwrap
+from pycopy.wire.segment import ACK, FIN, PSH, RST
 
 BYTES = bytes(range(256)) * 8
 

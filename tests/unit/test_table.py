@@ -4,13 +4,14 @@ import struct
 
 import pytest
 
-from pycopy.abi import ACK, FIN, KIND_CLIENT, KIND_TARGET, PSH, RST, SYN, Segment
-from pycopy.ledger import Count, Fate, Ledger
+from pycopy.report.ledger import Ledger
 from pycopy.session import table as table_module
 from pycopy.session.addresses import KeptAddresses, SelfPorts
+from pycopy.session.fates import Count, Fate
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.states import Outcome, State
 from pycopy.session.table import Table
+from pycopy.wire.segment import ACK, FIN, KIND_CLIENT, KIND_TARGET, PSH, RST, SYN, Segment
 
 TARGET = bytes(10) + b"\xff\xff" + bytes([10, 0, 0, 9])
 ZERO = Segment(0, *[0] * 15, b"", bytes(32))
@@ -305,7 +306,7 @@ def test_an_idle_session_is_small(sessions):
     """100,000 fit into 200 MB, the sender's part of a session included."""
     import tracemalloc
 
-    from pycopy.wire import Flow
+    from pycopy.wire.headers import Flow
 
     bench = Bench()
     tracemalloc.start()

@@ -4,24 +4,16 @@ import struct
 
 import pytest
 
-from pycopy.abi import (
-    ACK,
-    KIND_CLIENT,
-    KIND_TARGET,
-    KNOWN_IRS,
-    PSH,
-    RST,
-    SYN,
-    KernelSession,
-    LogRecord,
-    Segment,
-)
-from pycopy.ledger import Count, Fate, Ledger, ResponseFate
+from pycopy.fastpath.handover import Keeper, adopt
+from pycopy.kernel.abi import KNOWN_IRS, KernelSession, LogRecord
+from pycopy.report.ledger import Ledger
 from pycopy.session.addresses import KeptAddresses
+from pycopy.session.fates import Count, Fate, ResponseFate
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.states import Outcome, State
 from pycopy.session.table import Table
 from pycopy.session.views import AT_ONCE, NEVER
+from pycopy.wire.segment import ACK, KIND_CLIENT, KIND_TARGET, PSH, RST, SYN, Segment
 
 TARGET = bytes(10) + b"\xff\xff" + bytes([10, 0, 0, 9])
 ZERO = Segment(0, *[0] * 15, b"", bytes(32))
@@ -73,8 +65,12 @@ class Bench:
         self.table = Table(
             Rules(**rules), self.ledger, KeptAddresses(), [(TARGET, 80)], lambda addr: 1460, 0
         )
-        self.table.kernel = self.kernel
+        self.table.keeper = Keeper(self.kernel)
         self.table.on_release = self.kernel.claimed.discard
+
+    def adopt(self, kernel, logged, now_ns):
+        """What the timer hands over."""
+        self.table.adopt_all([adopt(self.table, kernel, logged, now_ns)], now_ns)
 
     @staticmethod
     def key(number=1):
@@ -155,7 +151,7 @@ def test_what_is_not_its_clients_any_more_is_kept():
 def test_without_a_kernel_nothing_is_given():
     bench = Bench()
     session = bench.open()
-    bench.table.kernel = None
+    bench.table.keeper = None
     bench.table.give_back()
     assert session.key in bench.table.by_online
 
@@ -198,7 +194,7 @@ def test_what_the_timer_hands_over_goes_on_at_once():
     bench = Bench()
     given = bench.given()
     kernel, logged = in_flight(given)
-    bench.table.adopt_all([(kernel, logged)], 300 * MS)
+    bench.adopt(kernel, logged, 300 * MS)
     (again,) = bench.table.outbox
     assert (again.seq, again.data) == (1, b"request")
     assert bench.ledger.counts[Count.TIMEOUTS] == 1
@@ -207,7 +203,7 @@ def test_what_the_timer_hands_over_goes_on_at_once():
 def test_what_has_been_idle_for_too_long_ends():
     bench = Bench(idle_ns=10 * SECOND)
     given = bench.given()
-    bench.table.adopt_all([(given, [])], 11 * SECOND)
+    bench.adopt(given, [], 11 * SECOND)
     assert bench.ledger.outcomes[Outcome.IDLE] == 1
     assert bench.kernel.online == set()
 
@@ -273,8 +269,8 @@ def test_the_first_of_two_sessions_of_one_client_keeps_its_segments():
     bench = Bench()
     given = bench.given()
     other = given._replace(target=given.target[:34] + b"\0\7")
-    mine = bench.table._adopt((other, []), 0)
-    bench.table.adopt_all([(given, [])], 0)
+    mine = bench.table._adopt(adopt(bench.table, other, [], 0), 0)
+    bench.adopt(given, [], 0)
     assert bench.table.by_online[given.online] is mine
     assert len(bench.table.by_target) == 2
     assert isinstance(given, KernelSession)

@@ -158,7 +158,7 @@ def test_a_working_directory_that_is_gone(tmp_path):
     assert run(prefix, ["--version"]).returncode == 0
     for argv in (["-l", "log"], ["-P", "pid"]):
         program = (
-            "import sys; from pycopy import cli, daemon\n"
+            "import sys; from pycopy import cli; from pycopy.process import daemon\n"
             "cli._COMMANDS['test'] = lambda argv: daemon.run(\n"
             "    lambda: 0, detach=False, log_path=argv[1] if argv[0] == '-l' else '',\n"
             "    pid_path=argv[1] if argv[0] == '-P' else '')\n"
@@ -185,7 +185,7 @@ def test_a_plain_locale_and_no_home():
     ("module", "words"),
     [
         ("argparse", "a part of Python is missing: argparse"),
-        ("pycopy.options", "a part of pycopy is missing: pycopy.options"),
+        ("pycopy.command.options", "a part of pycopy is missing: pycopy.command.options"),
         ("pycopy.errors", "cannot start"),
     ],
 )

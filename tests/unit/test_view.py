@@ -13,8 +13,9 @@ import time
 
 import pytest
 
-from pycopy import messages, view
-from pycopy.view import View
+from pycopy.process import console
+from pycopy.report import view
+from pycopy.report.view import View
 
 SNAPSHOT = {
     "segments": {"captured": 1009, "sent": 1007, "duplicate": 2, "stray": 0, "balanced": 1},
@@ -25,8 +26,8 @@ SNAPSHOT = {
 
 PROGRAM = """
 import sys, time
-from pycopy import messages
-from pycopy.view import View
+from pycopy.process import console as messages
+from pycopy.report.view import View
 n = 0
 def snapshot():
     global n
@@ -231,19 +232,19 @@ def test_reading_survives_a_ledger_that_changes_meanwhile(capsys):
     while len(calls) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     running.stop()
-    messages.flush()
+    console.flush()
     assert "all clt:1009" in capsys.readouterr().err
 
 
 def test_the_thread_does_not_keep_the_process_alive():
-    program = "from pycopy.view import View\nView(dict, interval_s=3600).start()\n"
+    program = "from pycopy.report.view import View\nView(dict, interval_s=3600).start()\n"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
 
 
 def test_rich_is_not_imported_off_a_terminal():
     program = (
         "import sys\n"
-        "from pycopy.view import View\n"
+        "from pycopy.report.view import View\n"
         "view = View(dict, interval_s=0.01)\n"
         "view.start(); view.stop(); view.summary()\n"
         "assert 'rich' not in sys.modules\n"

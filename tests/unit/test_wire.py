@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pycopy import abi, wire
+from pycopy.wire import headers
+from pycopy.wire.segment import ACK, FIN, PSH, RST, SYN
 
 scapy_all = pytest.importorskip("scapy.all")
 
@@ -19,7 +20,7 @@ VNET = struct.Struct("=BBHHHH")
 
 u16 = st.integers(0, 0xFFFF)
 u32 = st.integers(0, 0xFFFFFFFF)
-flags = st.sampled_from([abi.SYN, abi.ACK, abi.ACK | abi.PSH, abi.FIN | abi.ACK, abi.RST])
+flags = st.sampled_from([SYN, ACK, ACK | PSH, FIN | ACK, RST])
 
 
 def fold(data):
@@ -37,15 +38,15 @@ def flow_of(family, source=b"\x0a\x58\x00\x05", destination=b"\x0a\x4d\x00\x02",
         destination = bytes.fromhex("fd77") + bytes(13) + destination[-1:]
     else:
         source, destination = MAPPED + source, MAPPED + destination
-    return wire.Flow(family, source, destination, *ports)
+    return headers.Flow(family, source, destination, *ports)
 
 
-def write(flow, options=b"", payload=b"", mss=1448, l2=None, seq=1, ack=2, bits=abi.ACK, wnd=3):
+def write(flow, options=b"", payload=b"", mss=1448, l2=None, seq=1, ack=2, bits=ACK, wnd=3):
     buffer = bytearray(GARBAGE)
     l2 = L2[flow.family] if l2 is None else l2
-    end = wire.write_frame(buffer, flow, l2, seq, ack, bits, wnd, options, len(payload), mss)
-    assert end <= wire.HEADER_BYTES_MAX
-    assert bytes(buffer[wire.HEADER_BYTES_MAX :]) == GARBAGE[wire.HEADER_BYTES_MAX :]
+    end = headers.write_frame(buffer, flow, l2, seq, ack, bits, wnd, options, len(payload), mss)
+    assert end <= headers.HEADER_BYTES_MAX
+    assert bytes(buffer[headers.HEADER_BYTES_MAX :]) == GARBAGE[headers.HEADER_BYTES_MAX :]
     return bytes(buffer[:10]), bytes(buffer[10:end])
 
 
@@ -142,7 +143,7 @@ def test_ipv4_checksum_is_right_for_every_id():
 def test_more_than_mss_is_a_super_segment_and_exactly_mss_is_not(family):
     flow = flow_of(family)
     ip_bytes = 20 if family == 4 else 40
-    options = wire.data_options(7, 8)
+    options = headers.data_options(7, 8)
     vnet, _ = write(flow, options, bytes(1448), mss=1448)
     assert VNET.unpack(vnet)[1] == 0
     vnet, frame = write(flow, options, bytes(1449), mss=1448)
@@ -177,11 +178,11 @@ def test_prefix_cache_is_bounded():
     flow = flow_of(4)
     for n in range(3000):
         write(flow, l2=n.to_bytes(12, "big") + b"\x08\x00")
-    assert len(wire._prefixes) <= wire._PREFIXES_MAX
+    assert len(headers._prefixes) <= headers._PREFIXES_MAX
 
 
 def test_plain_and_mapped_ipv4_addresses_are_the_same():
-    plain = wire.Flow(4, b"\x0a\x58\x00\x05", b"\x0a\x4d\x00\x02", 4242, 80)
+    plain = headers.Flow(4, b"\x0a\x58\x00\x05", b"\x0a\x4d\x00\x02", 4242, 80)
     assert write(plain) == write(flow_of(4))
 
 
@@ -198,7 +199,7 @@ def test_the_longest_payload_and_the_first_too_long(family):
 )
 def test_flow_refuses_addresses_that_do_not_fit(family, source, destination):
     with pytest.raises(ValueError, match="family"):
-        wire.Flow(family, source, destination, 1, 2)
+        headers.Flow(family, source, destination, 1, 2)
 
 
 def read_options(options):
@@ -212,7 +213,7 @@ def read_options(options):
 @pytest.mark.parametrize("sack_permitted", [False, True])
 @pytest.mark.parametrize("tsval", [None, 0, 0xFFFFFFFF])
 def test_syn_options(wscale, sack_permitted, tsval):
-    read = read_options(wire.syn_options(1460, wscale, sack_permitted, tsval, 5))
+    read = read_options(headers.syn_options(1460, wscale, sack_permitted, tsval, 5))
     read.pop("NOP", None)
     assert read.pop("MSS") == 1460
     assert read.pop("WScale", None) == wscale
@@ -224,14 +225,14 @@ def test_syn_options(wscale, sack_permitted, tsval):
 
 @given(u32, u32)
 def test_data_options(tsval, tsecr):
-    options = wire.data_options(tsval, tsecr)
+    options = headers.data_options(tsval, tsecr)
     assert len(options) == 12
     assert read_options(options)["Timestamp"] == (tsval, tsecr)
 
 
 @given(st.lists(st.tuples(u32, u32), max_size=6), st.none() | u32, u32)
 def test_sack_options(blocks, tsval, tsecr):
-    options = wire.sack_options(blocks, tsval, tsecr)
+    options = headers.sack_options(blocks, tsval, tsecr)
     read = read_options(options)
     assert read.get("Timestamp") == (None if tsval is None else (tsval, tsecr))
     fitting = blocks[: 4 if tsval is None else 3]

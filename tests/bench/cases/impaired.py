@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from pycopy.abi import ACK, FIN, SYN
+from pycopy.kernel.attach import Hook
 from pycopy.lab.topology import DEVICE
-from pycopy.loader import Hook
+from pycopy.wire.segment import ACK, FIN, SYN
 from tests.lab.dial import Client
 from tests.lab.impair import LEGS, PASS_UNSEEN, PER_MILLION, Impairment
 

@@ -1,0 +1,1 @@
+"""Out: emissions become frames, and frames leave by AF_PACKET."""

@@ -1,0 +1,1 @@
+"""This host, which is only looked at: devices, routes, neighbours, ports."""

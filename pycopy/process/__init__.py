@@ -1,0 +1,1 @@
+"""This process: its loop, signals, standing in the background, and what it says."""

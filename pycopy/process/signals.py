@@ -1,0 +1,65 @@
+"""Signals as events of the loop: INT and TERM end the program, HUP and USR1 do what they do.
+
+The first INT or TERM asks for an orderly end; a second one raises KeyboardInterrupt
+wherever the program is, so that ``finally`` still detaches; while it is starting the first
+one does so already, since there is nothing yet to end in order. Main thread only.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Mapping
+from types import FrameType
+
+from pycopy.process.loop import READ, Loop
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Signals:
+    """From construction to ``close()``; ``on_end`` is called in the loop, once."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        on_end: Callable[[], None],
+        others: Mapping[signal.Signals, Callable[[], None]],
+    ) -> None:
+        self._loop = loop
+        self._on_end = on_end
+        self._others = dict(others)
+        self._ended = 0
+        #: True while starting, when no loop is running yet; False before "ready" is said.
+        self.at_once = False
+        #: A worker hears the same end from several sides, and waits for its master's word.
+        self.second_ends = True
+        self._reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._writer = writer
+        self._fd_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        # The handler must exist for a byte to be written, and is where the second one strikes.
+        self._before = {
+            number: signal.signal(number, self._note) for number in (*_ENDING, *self._others)
+        }
+        loop.add(self._reader, READ, self._on_readable)
+
+    def close(self) -> None:
+        self._loop.remove(self._reader)
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        signal.set_wakeup_fd(self._fd_before)
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number in _ENDING:
+            self._ended += 1
+            if self.at_once or (self._ended > 1 and self.second_ends):
+                raise KeyboardInterrupt
+
+    def _on_readable(self, _events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(self._reader, 512):
+                if number in _ENDING:
+                    self._on_end()
+                elif number in self._others:
+                    self._others[signal.Signals(number)]()

@@ -1,0 +1,1 @@
+"""What only reads: the ledger, and everything that shows it."""

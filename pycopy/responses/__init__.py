@@ -1,0 +1,1 @@
+"""Where the target's responses come from: this host, an intercept elsewhere, or datagrams."""

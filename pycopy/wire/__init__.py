@@ -1,0 +1,1 @@
+"""Bytes as they are on the wire: headers, sequence numbers, addresses."""

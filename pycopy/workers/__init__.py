@@ -1,0 +1,1 @@
+"""``--workers``: the master process, its workers, and what is whose."""
