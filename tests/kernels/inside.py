@@ -225,14 +225,19 @@ def impaired(lab, impairment, leg):
 # -- all of it -------------------------------------------------------------------------------
 
 
+def be_patient():
+    """Wait longer for whatever starts or stops."""
+    copying.READY_S *= PATIENCE
+    copying.STOP_S *= PATIENCE
+    servers.READY_S *= PATIENCE
+
+
 def run(plan, report):
     if plan["objects"]:
         load_objects(report, plan["objects"])
     if not (plan["copies"] or plan["kills"] or plan["netem"]):
         return
-    copying.READY_S *= PATIENCE
-    copying.STOP_S *= PATIENCE
-    servers.READY_S *= PATIENCE
+    be_patient()
     with contextlib.ExitStack() as stack:
         with report.step("lab") as row:
             lab = stack.enter_context(Lab(f"pycopy-kernels-{os.getpid()}"))
