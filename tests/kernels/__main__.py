@@ -71,6 +71,7 @@ def parse():
         help="for each guest (%(default)s)",
     )
     add("--userland", metavar="SUITE", help="run demo and tests in that Debian's userland instead")
+    add("--bare", action="store_true", help="with it: one without bcc and LLVM, every option")
     return parser.parse_args()
 
 
@@ -188,7 +189,8 @@ def run(given):
     if os.geteuid() != 0:
         raise HostUnfit("the matrix needs root, as pycopy does", "run it with sudo")
     if given.userland:
-        return userlands.run_tests(given.userland, say)
+        test = userlands.run_without_compiler if given.bare else userlands.run_tests
+        return test(given.userland, say)
     names = given.kernels or (QUICK_KERNELS if given.quick else packages.DEFAULT_KERNELS)
     with contextlib.ExitStack() as stack:
         exchange = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pycopy-kernels-")))

@@ -23,9 +23,14 @@ PACKAGES = (
     " python3-pytest python3-hypothesis python3-pytest-timeout python3-pytest-xdist"
     " python3-scapy procps tcpdump kmod curl"
 ).split()
+#: What compiles BPF programs, and brings clang and LLVM along.
+COMPILER = "python3-bpfcc"
 #: Names that changed from one suite to the next.
 _RENAMED = {"bookworm": {"libpcap0.8t64": "libpcap0.8"}}
+_PYTHON = ["env", "PYTHONDONTWRITEBYTECODE=1", f"PYTHONPATH={CHECKOUT}", PYTHON]
 TIERS = ("tests/unit", "tests/sessions", "tests/bpf")
+#: What must not be in a root without a compiler.
+_COMPILERS = ("libbcc*", "libLLVM*", "libclang*", "llvm-*", "bcc")
 
 #: Where a command is run: $1 the root, $2 the checkout, $3 what it may write to ("" nothing).
 _ENTER = """\
@@ -53,22 +58,22 @@ exec chroot . /bin/sh -c 'cd "$0" && exec "$@"' "$checkout" "$@"
 """
 
 
-def root(suite, say=print):
-    """The root of that suite, made unless it is there."""
-    made = packages.directory() / f"userland-{suite}"
-    with packages.locked(f"userland-{suite}.lock"):
+def root(suite, say=print, *, compiler=True):
+    """The root of that suite, made unless it is there; without ``compiler`` no bcc and no LLVM."""
+    made = packages.directory() / (f"userland-{suite}" if compiler else f"userland-{suite}-bare")
+    with packages.locked(f"{made.name}.lock"):
         if not (made / "complete").exists():
-            say(f"making the userland {suite} (one to two minutes)")
-            _make(suite, made)
+            say(f"making the {made.name} (one to two minutes)")
+            _make(suite, made, compiler)
     return made
 
 
-def _make(suite, made):
+def _make(suite, made, compiler):
     if shutil.which("debootstrap") is None:
         raise HostUnfit("debootstrap is not installed", "run contrib/setup kernels")
     shutil.rmtree(made, ignore_errors=True)
     renamed = _RENAMED.get(suite, {})
-    names = [renamed.get(name, name) for name in PACKAGES]
+    names = [renamed.get(name, name) for name in PACKAGES if compiler or name != COMPILER]
     command = ["debootstrap", "--variant=minbase", f"--include={','.join(names)}"]
     command += [f"--keyring={packages.KEYRING}", suite, str(made), packages.mirrors()[0]]
     # In a namespace of its own, so that what it mounts there cannot stay.
@@ -125,13 +130,26 @@ def run_tests(suite, say):
     """The demonstration and the tiers that need no databases, there; 0 if all are well."""
     where = root(suite, say)
     workers = str(2 * (os.cpu_count() or 1))
-    python = ["env", "PYTHONDONTWRITEBYTECODE=1", f"PYTHONPATH={CHECKOUT}", PYTHON]
-    failed = []
-    for command in (
-        [*python, "-m", "pycopy", "demo", "--requests", "2003", "--connections", "101"],
-        [*python, "-m", "pytest", "-p", "no:cacheprovider", "-n", workers,
+    return _run_all(suite, where, say, (
+        [*_PYTHON, "-m", "pycopy", "demo", "--requests", "2003", "--connections", "101"],
+        [*_PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-n", workers,
          "--dist", "loadgroup", *TIERS],
-    ):  # fmt: skip
+    ))  # fmt: skip
+
+
+def run_without_compiler(suite, say):
+    """Every option, in a root that has neither bcc nor LLVM; 0 if all are well."""
+    where = root(suite, say, compiler=False)
+    found = [str(path) for name in _COMPILERS for path in where.glob(f"usr/lib/**/{name}")]
+    if found:
+        raise PycopyError(f"{where} has a compiler: {', '.join(found)}", "remove the directory")
+    test = ["-m", "pytest", "-p", "no:cacheprovider", "tests/lab/test_no_compiler.py"]
+    return _run_all(suite, where, say, ([*_PYTHON, *test],))
+
+
+def _run_all(suite, where, say, commands):
+    failed = []
+    for command in commands:
         text = shlex.join(command[3:])
         say(f"{suite}: {text}")
         if run(where, command).returncode != 0:
