@@ -3,6 +3,7 @@
 Their shapes are in pycopy/kernel/shapes.py; how many entries they have, the run and the host say.
 """
 
+import errno
 import mmap
 import os
 from collections.abc import Mapping
@@ -42,15 +43,15 @@ class Maps:
         self.cpus = cpus
         self.log_bytes = log_bytes(cpus, total_log_bytes)
         self.slots = min(max_sessions, SLOTS_MAX)
-        #: One CPU's log: head, ring, and room for a record that begins at its very end.
-        self.log_value_bytes = abi.LOG_HEAD.size + self.log_bytes + abi.LOG_ROOM
         self._fds: dict[str, int] = {}
         self._log: mmap.mmap | None = None
         lift_memory_limit()
         try:
             for name, entries in self._entries(services, max_sessions).items():
-                value_bytes = self.log_value_bytes if name == "log" else 0
-                self._make(name, entries, value_bytes)
+                if name == "log":
+                    self._make_log(entries)
+                else:
+                    self._make(name, entries)
         except BaseException:
             self.close()
             raise
@@ -79,9 +80,25 @@ class Maps:
             "pool": 0,
         }
 
-    def _make(self, name: str, entries: int, value_bytes: int) -> None:
+    @property
+    def log_value_bytes(self) -> int:
+        """One CPU's log: head, ring, and room for a record that begins at its very end."""
+        return abi.LOG_HEAD.size + self.log_bytes + abi.LOG_ROOM
+
+    def _make_log(self, cpus: int) -> None:
+        """As large as asked for, or as the kernel takes: old ones have no value above 4 MB."""
+        while True:
+            try:
+                self._fds["log"] = shapes.make("log", cpus, self.log_value_bytes)
+                return
+            except OSError as error:
+                if error.errno != errno.E2BIG or self.log_bytes <= LOG_MIN_BYTES:
+                    raise map_refused("log", error) from error
+            self.log_bytes //= 2
+
+    def _make(self, name: str, entries: int) -> None:
         try:
-            self._fds[name] = shapes.make(name, entries, value_bytes)
+            self._fds[name] = shapes.make(name, entries)
         except OSError as error:
             raise map_refused(name, error) from error
 

@@ -1,7 +1,10 @@
 """How large the shared maps are, and what programs are told of them."""
 
+import errno
+
 import pytest
 
+from pycopy.errors import PycopyError
 from pycopy.fastpath import maps as maps_module
 from pycopy.fastpath.maps import LOG_MIN_BYTES, LOG_TOTAL_BYTES, SLOTS_MAX, Maps, log_bytes
 from pycopy.kernel import abi, objects, shapes, syscall
@@ -63,3 +66,31 @@ def test_closing_twice_is_no_harm(few):
     few.close()
     assert not few.given
     few.close()
+
+
+def test_a_kernel_that_has_only_small_values_gets_smaller_logs(root, monkeypatch):
+    """Linux 5.10 has none above 4 MB, and says E2BIG."""
+
+    def old(name, entries=0, value_bytes=0, perf=False):
+        if value_bytes > 4 << 20:
+            raise OSError(errno.E2BIG, "Argument list too long")
+        return make(name, entries, value_bytes, perf)
+
+    make = shapes.make
+    monkeypatch.setattr(shapes, "make", old)
+    made = Maps(1, 100)
+    assert made.log_bytes == 2 << 20 and made.constants[Constant.LOG_MASK] == (2 << 20) - 1
+    assert made.by_name["log"].value_bytes == made.log_value_bytes < 4 << 20
+    made.close()
+
+
+def test_a_kernel_that_takes_no_log_at_all_is_refused(root, monkeypatch):
+    def full(name, *_, **__):
+        if name == "log":
+            raise OSError(errno.E2BIG, "Argument list too long")
+        return make(name, *_, **__)
+
+    make = shapes.make
+    monkeypatch.setattr(shapes, "make", full)
+    with pytest.raises(PycopyError, match="no memory for the map log"):
+        Maps(1, 100)
