@@ -16,7 +16,7 @@
 /* Groups of sessions without anything pending that one step passes over; of a sweep, slots that
  * are not the kernel's.
  */
-#define PYCOPY_EMPTY_GROUPS 16
+#define PYCOPY_EMPTY_GROUPS 4
 #define PYCOPY_EMPTY_SLOTS  32
 /* Slots that a pass looks at beyond the last one it found pending.  The stack of free slots gives
  * out the lowest first, and a session is pending from the start: beyond a gap of as many as there
