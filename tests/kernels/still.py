@@ -83,8 +83,10 @@ def main(place="self", which="replay", how="KILL", seconds="26", rate="20"):
 
 
 def _watch(lab, program, how, seconds, online, target, stray, copies):
-    begun = time.monotonic()
     before = online.count(), target.count()
+    while online.count() == before[0]:  # on a slow machine clients take their time to start
+        time.sleep(0.05)
+    begun = time.monotonic()
     for second in range(1, seconds + 1):
         time.sleep(max(begun + second - time.monotonic(), 0))
         now = online.count(), target.count()
