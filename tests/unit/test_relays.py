@@ -17,7 +17,7 @@ from pycopy.kernel import abi
 from pycopy.kernel.abi import PASS, RELAY, SWALLOW
 from pycopy.process.loop import Loop
 from pycopy.wire.address import map_address
-from tests.unit.test_claims import Table, default_of
+from tests.unit.test_verdicts import Table, default_of
 
 COOKIE = 0xFEED_FACE_CAFE_F00D
 POOL = range_of(ipaddress.ip_network("62.135.200.0/24"))
