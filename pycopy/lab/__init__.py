@@ -1,6 +1,6 @@
 """``pycopy lab``: hosts in network namespaces, to try pycopy out and to test it.
 
-:mod:`topology` builds the hosts, :mod:`servers` and :mod:`exact` put servers on them,
+:mod:`topology` builds the hosts, :mod:`servers` puts servers on them,
 :mod:`load` is the clients, :mod:`copying` runs pycopy itself between them. Nothing here
 is imported by replay or intercept, and nothing heavy is imported before it is needed.
 """

@@ -1,12 +1,10 @@
-"""Servers on the lab's hosts, and what they were asked for: real nginx, and ``exact``.
+"""Servers on the lab's hosts, and what they were asked for: real nginx.
 
 Each server writes a log that is not buffered. :class:`Served` is that log as multisets, so
 that "the target was asked exactly what the online server was asked" is one comparison.
 """
 
-import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +18,7 @@ from typing import Self
 from pycopy.errors import HostUnfit, PycopyError
 
 from .content import content
-from .topology import Lab, python
+from .topology import Lab
 
 READY_S = 15.0
 
@@ -194,34 +192,6 @@ class Nginx(Server):
 
     def count(self) -> int:
         return (self.dir / "access.log").read_bytes().count(b"\n")
-
-
-class Exact(Server):
-    """The byte-exact server of :mod:`pycopy.lab.exact`."""
-
-    def __init__(
-        self, lab: Lab, role: str, port: int, protocol: str = "http", delay_s: float = 0
-    ) -> None:
-        super().__init__(lab, role, port)
-        self.command = python("pycopy.lab.exact", "--port", str(port))
-        self.command += ["--protocol", protocol, "--log", str(self.dir / "access.log")]
-        self.command += ["--delay", str(delay_s)]
-
-    def _prepare(self) -> None:
-        (self.dir / "access.log").touch()
-
-    def served(self) -> Served:
-        served = Served()
-        for line in (self.dir / "access.log").read_text().splitlines():
-            entry = json.loads(line)
-            if "request" in entry:
-                served.requests[f"{entry['request']} {entry['bytes']} {entry['sha256']}"] += 1
-            else:
-                served.connections[entry["connection"]] += 1
-        return served
-
-    def count(self) -> int:
-        return len(re.findall(rb'^\{"request"', (self.dir / "access.log").read_bytes(), re.M))
 
 
 def nginx_binary() -> str:

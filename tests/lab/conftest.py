@@ -17,8 +17,9 @@ import pytest
 
 from pycopy.kernel import pcapfilter, syscall
 from pycopy.lab.copying import Copying, LoadRun, wait_settled
-from pycopy.lab.servers import Exact, Nginx, Served
+from pycopy.lab.servers import Nginx, Served
 from pycopy.lab.topology import DEVICE, SWITCH, Lab
+from tests.lab.exact import Exact
 
 #: A connection in the log of the exact server over which nothing was said.
 _SILENT = hashlib.sha256().hexdigest()

@@ -1,6 +1,6 @@
 """Targets that do not behave as the online server does; run as a program on a lab host.
 
-They log what :mod:`pycopy.lab.exact` logs, so the same comparison reads them. Sockets and
+They log what :mod:`tests.lab.exact` logs, so the same comparison reads them. Sockets and
 threads rather than asyncio: a server that does not read must really not read.
 """
 
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from pycopy.lab.content import content
-from pycopy.lab.servers import Exact
+from tests.lab.exact import Exact
 
 MODES = ("plain", "late", "closes", "resets", "greets", "half", "mute", "curt", "verbose")
 LATE_S = 3.0

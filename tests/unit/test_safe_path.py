@@ -92,7 +92,7 @@ def test_what_a_lab_runs(poisoned, monkeypatch, path):
         monkeypatch.setenv("PYTHONPATH", path)
     environment = topology.environment()
     assert all(map(os.path.isabs, environment["PYTHONPATH"].split(os.pathsep)))
-    for module in ("pycopy", "pycopy.lab.load", "pycopy.lab.exact"):
+    for module in ("pycopy", "pycopy.lab.load"):
         done = subprocess.run(
             topology.python(module, "--help"),
             cwd=poisoned, env=environment, capture_output=True, text=True, timeout=30,

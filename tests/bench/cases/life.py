@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from pycopy.lab.servers import Exact, Server
+from pycopy.lab.servers import Server
 from tests.lab import traffic
 from tests.lab.databases import MariaDB, Nginx2, PostgreSQL, Redis
 from tests.lab.dial import Client
+from tests.lab.exact import Exact
 from tests.lab.odd import Odd
 
 from .scene import Case, Scene

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pycopy.lab.copying import LoadRun, Placement
-from pycopy.lab.servers import Exact, Server
+from pycopy.lab.servers import Server
 from pycopy.lab.topology import Lab
 from tests.lab.databases import Database, streams
+from tests.lab.exact import Exact
 from tests.lab.impair import Impairment, impair_leg
 
 from . import replayers

@@ -1,4 +1,4 @@
-"""A server that accounts for every byte it was sent; ``python -m pycopy.lab.exact``.
+"""A server that accounts for every byte it was sent; run as a program on a lab host.
 
 nginx shows that a real server takes the copies for real clients; this one shows what
 exactly reached it. It logs a line of JSON per request (text, body bytes, SHA-256 of the
@@ -14,27 +14,47 @@ import argparse
 import asyncio
 import hashlib
 import json
+import re
 import signal
 import sys
-from collections.abc import Callable
-from typing import TextIO
 
-from .content import content
+from pycopy.lab.content import content
+from pycopy.lab.servers import Served, Server
 
 _LIMIT_BYTES = 256 * 1024
 _GREETING = b"220 0 lab\r\n"
 
 
+class Exact(Server):
+    """The byte-exact server on a host of the lab."""
+
+    def __init__(self, lab, role, port, protocol="http", delay_s=0):
+        super().__init__(lab, role, port)
+        self.command = [sys.executable, "-P", __file__, "--port", str(port)]
+        self.command += ["--protocol", protocol, "--log", str(self.dir / "access.log")]
+        self.command += ["--delay", str(delay_s)]
+
+    def _prepare(self):
+        (self.dir / "access.log").touch()
+
+    def served(self):
+        served = Served()
+        for line in (self.dir / "access.log").read_text().splitlines():
+            entry = json.loads(line)
+            if "request" in entry:
+                served.requests[f"{entry['request']} {entry['bytes']} {entry['sha256']}"] += 1
+            else:
+                served.connections[entry["connection"]] += 1
+        return served
+
+    def count(self):
+        return len(re.findall(rb'^\{"request"', (self.dir / "access.log").read_bytes(), re.M))
+
+
 class _Connection:
     """One accepted connection: reads requests one by one and writes the log."""
 
-    def __init__(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        log: Callable[[dict[str, object]], None],
-        delay_s: float,
-    ) -> None:
+    def __init__(self, reader, writer, log, delay_s):
         self._reader = reader
         self._writer = writer
         self._log = log
@@ -43,7 +63,7 @@ class _Connection:
         self._stream_bytes = 0
         self._requests = 0
 
-    async def serve(self, protocol: str) -> None:
+    async def serve(self, protocol):
         end = "closed"
         try:
             await (self._serve_line() if protocol == "line" else self._serve_http())
@@ -66,15 +86,15 @@ class _Connection:
             )
             self._writer.close()
 
-    def _took(self, data: bytes) -> bytes:
+    def _took(self, data):
         self._stream.update(data)
         self._stream_bytes += len(data)
         return data
 
-    async def _head(self, separator: bytes) -> str:
+    async def _head(self, separator):
         return self._took(await self._reader.readuntil(separator)).decode("latin-1")
 
-    async def _body(self, request: str, size_bytes: int) -> None:
+    async def _body(self, request, size_bytes):
         digest = hashlib.sha256()
         left = size_bytes
         while left:
@@ -86,13 +106,13 @@ class _Connection:
         self._requests += 1
         self._log({"request": request, "bytes": size_bytes, "sha256": digest.hexdigest()[:16]})
 
-    async def _answer(self, data: bytes) -> None:
+    async def _answer(self, data):
         if self._delay_s:
             await asyncio.sleep(self._delay_s)
         self._writer.write(data)
         await self._writer.drain()
 
-    async def _serve_http(self) -> None:
+    async def _serve_http(self):
         while True:
             head = await self._head(b"\r\n\r\n")
             line, *headers = head.rstrip("\r\n").split("\r\n")
@@ -110,7 +130,7 @@ class _Connection:
             if close:
                 return
 
-    async def _serve_line(self) -> None:
+    async def _serve_line(self):
         await self._answer(_GREETING)
         while True:
             line = (await self._head(b"\r\n")).rstrip("\r\n")
@@ -129,11 +149,11 @@ class _Connection:
                 raise ValueError(verb)
 
 
-async def _serve(options: argparse.Namespace, log: TextIO) -> None:
-    def write(entry: dict[str, object]) -> None:
+async def _serve(options, log):
+    def write(entry):
         log.write(json.dumps(entry) + "\n")
 
-    async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def accepted(reader, writer):
         await _Connection(reader, writer, write, options.delay).serve(options.protocol)
 
     stop = asyncio.Event()
@@ -147,8 +167,8 @@ async def _serve(options: argparse.Namespace, log: TextIO) -> None:
     server.close()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m pycopy.lab.exact")
+def main():
+    parser = argparse.ArgumentParser(description="the byte-exact server of the lab tests")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--protocol", choices=("http", "line"), default="http")
     parser.add_argument("--log", required=True)
