@@ -2,6 +2,8 @@
 
 Importing takes files, memory and the packages of the distribution; where a host has too
 little of them, its user is told so, as of any other error.
+
+Tests: tests/unit/test_tight_hosts.py
 """
 
 import os

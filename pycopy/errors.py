@@ -4,6 +4,8 @@ Exit statuses (also in ``pycopy --help``): 0 done, 1 failed at run time, 2 usage
 3 host unfit, 4 refused by a safety guard, 130 interrupted before it was ready, or by a
 second signal. What the host refuses (OSError, no memory, a package that is missing) takes the
 same form by :func:`explain`. It is imported before all else: nothing that takes a file.
+
+Tests: tests/unit/test_tight_hosts.py
 """
 
 import errno

@@ -3,6 +3,8 @@
 Attached to one or more interfaces of the same link type. The capture of the online server is a
 set of taps, and so is whatever swallows responses. What the segments mean is the session
 engine's business.
+
+Tests: tests/bpf/test_live.py
 """
 
 import sys

@@ -3,6 +3,8 @@
 At start-up it connects synchronously and fails with a clear error; from then on it is driven
 by the loop, comes back by itself after a loss, and names all live sessions again. What a
 record means is the session engine's business.
+
+Tests: tests/unit/test_channel.py
 """
 
 import errno

@@ -1,4 +1,7 @@
-"""The intercept's listening socket, and what to say when there cannot be one."""
+"""The intercept's listening socket, and what to say when there cannot be one.
+
+Tests: tests/unit/test_channel.py
+"""
 
 import errno
 import socket

@@ -3,6 +3,8 @@
 Nothing a peer does may hold up another: all sockets are non-blocking, every queue and table
 is bounded, and who says nothing, nonsense or too little is shown out. What a claim means for
 the kernel is the owner's business (``on_hello``).
+
+Tests: tests/unit/test_channel.py
 """
 
 import socket

@@ -3,6 +3,8 @@
 ``verify`` compiles them from the sources beside them and compares the bytes, so that nobody
 has to believe that what runs in the kernel is what can be read. The same bytes come only from
 the same compiler, which the manifest names.
+
+Tests: tests/bpf/test_objects.py
 """
 
 import sys

@@ -3,6 +3,8 @@
 Letters are tcpcopy's and intercept's own, so that their users' command lines carry over;
 every letter has a long name. A letter of theirs that pycopy does not take is answered with
 the reason. Only argparse here: no value is judged (config.py), nothing is run (cli.py).
+
+Tests: tests/unit/test_cli.py
 """
 
 import argparse

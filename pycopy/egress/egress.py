@@ -3,6 +3,8 @@
 A frame that cannot be sent is counted by the reason and forgotten: to the session it is a
 lost segment, and TCP knows what to do about those. One that is too big for the device it
 would only repeat: that session is told the new size.
+
+Tests: tests/lab/test_sender_nexthop.py, tests/lab/test_path_mtu.py
 """
 
 import errno

@@ -4,6 +4,8 @@ A session that is not the kernel's any more is fetched when a record of it comes
 because of a packet) or when the timer points at it. All that is done to a session goes
 through a BPF program (bpf/fastpath.c), which holds the session's lock; what is in maps
 only is changed from here. Nothing here knows the rules.
+
+Tests: tests/unit/test_fastpath_driver.py, tests/bpf/test_conformance.py
 """
 
 import struct

@@ -1,4 +1,7 @@
-"""What this process may do: the capabilities that pycopy needs, and whether it has them."""
+"""What this process may do: the capabilities that pycopy needs, and whether it has them.
+
+Tests: tests/unit/test_guards.py, tests/lab/test_rights.py
+"""
 
 from pycopy.errors import HostUnfit
 

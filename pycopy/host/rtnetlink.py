@@ -2,6 +2,8 @@
 
 One socket for all requests, since thousands of targets have thousands of them. It must not
 know what the answers are used for. Addresses are 16 bytes, IPv4 as IPv4-mapped.
+
+Tests: tests/unit/test_nexthop.py
 """
 
 import os

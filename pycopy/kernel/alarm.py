@@ -2,6 +2,8 @@
 
 For what lies in an epoll set of its own and knows its own times; a driver's times go to
 Loop.wait().
+
+Tests: tests/unit/test_perfring.py
 """
 
 import ctypes

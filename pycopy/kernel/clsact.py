@@ -3,6 +3,8 @@
 Such a filter outlives its process, so each of ours is marked: by its handle and by its
 name, which also says whether the qdisc came with it. Whatever does not carry the mark is
 somebody else's and is never touched. Failures are OSErrors with the kernel's errno.
+
+Tests: tests/bpf/test_attach.py
 """
 
 import contextlib

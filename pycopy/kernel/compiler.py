@@ -6,6 +6,8 @@ process ends. Nothing is loaded into the kernel. What clang has to say is on std
 where whoever started us reads it.
 
 Must run under any Python 3 that has bcc, and needs no other module of pycopy.
+
+Tests: tests/bpf/test_objects.py
 """
 
 import base64

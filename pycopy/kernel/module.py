@@ -1,4 +1,7 @@
-"""Loaded programs and their maps, by their descriptors; what making one can fail of."""
+"""Loaded programs and their maps, by their descriptors; what making one can fail of.
+
+Tests: tests/bpf/test_loader.py
+"""
 
 import contextlib
 import errno

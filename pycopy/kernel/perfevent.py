@@ -1,6 +1,8 @@
 """perf_event_open(2): the ring that one CPU's BPF programs output to, opened and mapped.
 
 Every failure is an error that a user can read. Does not know what is output.
+
+Tests: tests/bpf/test_perfring.py
 """
 
 import ctypes

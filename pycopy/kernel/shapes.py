@@ -3,6 +3,8 @@
 Twin of ``enum pycopy_map`` in bpf/pycopy.h, as abi.py is of the structs there;
 tests/bpf/test_abi.py compares both. How many entries a map has where that depends on the run
 or on the host, whoever makes it says. Nothing here makes a map.
+
+Tests: tests/bpf/test_abi.py
 """
 
 from typing import NamedTuple

@@ -3,6 +3,8 @@
 :mod:`topology` builds the hosts, :mod:`servers` puts servers on them,
 :mod:`load` is the clients, :mod:`copying` runs pycopy itself between them. Nothing here
 is imported by replay or intercept, and nothing heavy is imported before it is needed.
+
+Tests: tests/lab/test_lab.py
 """
 
 import os

@@ -3,6 +3,8 @@
 An answer of n bytes is the first n bytes of the pattern, so that any receiver can check
 every byte without being told anything but n. Request lines are made here as well, because
 the same text is looked for in the servers' logs. Nothing here opens a file or a socket.
+
+Tests: tests/unit/test_lab.py
 """
 
 import hashlib

@@ -3,6 +3,8 @@
 The demonstration and the lab tests share this: start what a placement needs, in order,
 wait for each to say that it is ready, and stop replay before intercept. Everything is a
 real process in its host's namespace; nothing is called in-process.
+
+Tests: tests/lab/test_lab.py
 """
 
 import contextlib

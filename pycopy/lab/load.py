@@ -4,6 +4,8 @@ One epoll loop, no threads: M requests over N connections, either as fast as ans
 with C connections at a time, or at a constant rate whatever the answers do (open loop;
 latency then counts from the time a request was due, so that a stall is not hidden).
 Prints one JSON object. Stops by itself at the time limit.
+
+Tests: tests/lab/test_lab.py
 """
 
 import argparse

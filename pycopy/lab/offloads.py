@@ -3,6 +3,8 @@
 On veth the offloads decide what pycopy sees: with them on, checksums are partial and
 segments up to 64 KB; with them off, every frame looks as it would on a wire. Acts in the
 calling thread's network namespace.
+
+Tests: tests/lab/test_lab.py
 """
 
 import ctypes

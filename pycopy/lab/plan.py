@@ -1,6 +1,8 @@
 """Which request goes over which connection, and when it is due.
 
 Pure arithmetic: no clock, no socket.
+
+Tests: tests/unit/test_lab.py
 """
 
 from collections import deque

@@ -1,6 +1,8 @@
 """Processes of a lab: who they are beyond their number, which run where, and their end.
 
 System calls, /proc and signals; knows nothing of labs but the files of their namespaces.
+
+Tests: tests/lab/test_lab.py
 """
 
 import contextlib

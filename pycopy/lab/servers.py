@@ -2,6 +2,8 @@
 
 Each server writes a log that is not buffered. :class:`Served` is that log as multisets, so
 that "the target was asked exactly what the online server was asked" is one comparison.
+
+Tests: tests/unit/test_lab.py, tests/lab/test_lab.py
 """
 
 import os

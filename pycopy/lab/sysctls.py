@@ -1,4 +1,7 @@
-"""Kernel settings of the lab's hosts; they are per network namespace."""
+"""Kernel settings of the lab's hosts; they are per network namespace.
+
+Tests: tests/lab/test_lab.py
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

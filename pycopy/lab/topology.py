@@ -6,6 +6,8 @@ assistant, as on real sites, while nothing else changes. All devices live inside
 namespaces: the host's own network is not touched, and two labs of different names never
 meet. Knows nothing of what runs inside, except the processes started through it, which it
 ends before the namespaces go.
+
+Tests: tests/lab/test_lab.py
 """
 
 import contextlib

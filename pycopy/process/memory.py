@@ -1,4 +1,7 @@
-"""How much memory this process has."""
+"""How much memory this process has.
+
+Tests: tests/lab/test_replay_start.py
+"""
 
 import mmap
 import os

@@ -3,6 +3,8 @@
 :class:`~pycopy.responses.here.OwnAnswers` swallows them on this host (zero-route mode); where
 they come from ``pycopy intercept`` on other hosts, elsewhere.py has them. Both choose the addresses
 copies leave from, take claims from the session table, and hand every answer to the driver.
+
+Tests: tests/unit/test_elsewhere.py
 """
 
 from typing import Protocol

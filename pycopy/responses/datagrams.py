@@ -3,6 +3,8 @@
 A UDP port that is ours, a cookie that only this run's intercepts know, and a program on
 every device that takes in what bears both (bpf/progress.c). Whether the way is open, the
 intercepts' probes say: they come by the very same way as responses.
+
+Tests: tests/lab/test_fastpath_relay.py
 """
 
 import errno

@@ -1,4 +1,7 @@
-"""The zero-route mode: responses are swallowed on this host, at ingress (bpf/intercept.c)."""
+"""The zero-route mode: responses are swallowed on this host, at ingress (bpf/intercept.c).
+
+Tests: tests/lab/test_replay_services.py
+"""
 
 from collections.abc import Callable, Iterable
 from functools import partial

@@ -3,6 +3,8 @@
 Functions on a :class:`~pycopy.session.session.Session`; each returns what became of the
 segment. They change the target's side only and send nothing but RSTs: what an arrival
 sets free is sent at the end of the session's turn.
+
+Tests: tests/sessions/test_scripts.py
 """
 
 from typing import TYPE_CHECKING

@@ -2,6 +2,8 @@
 
 Functions on a :class:`~pycopy.session.session.Session`. Which bytes may leave is said by
 release.py, which are to be repeated by recovery.py; here they are sent.
+
+Tests: tests/sessions/test_scripts.py
 """
 
 from typing import TYPE_CHECKING

@@ -3,6 +3,8 @@
 Every captured segment ends in exactly one :class:`Fate`, every response in one
 :class:`ResponseFate`. :class:`Tallies` is what the engine writes; report/ledger.py adds what
 others count, says whether it balances, and is all that is ever shown.
+
+Tests: tests/unit/test_ledger.py
 """
 
 from enum import IntEnum, auto

@@ -1,6 +1,8 @@
 """Who keeps sessions outside the engine: the port through which they go out and come back.
 
 The engine knows neither who that is nor how (pycopy/fastpath/handover.py: the kernel).
+
+Tests: tests/unit/test_table_kernel.py
 """
 
 from typing import TYPE_CHECKING, Protocol

@@ -4,6 +4,8 @@ Functions on a :class:`~pycopy.session.session.Session`. The client's connection
 online. What the target is known not to have read goes over another connection (which the
 host opens), and so does the client's next request; the rest is lost, with a fate that says
 why.
+
+Tests: tests/sessions/test_scripts.py
 """
 
 from typing import TYPE_CHECKING

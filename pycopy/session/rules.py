@@ -1,4 +1,7 @@
-"""The limits and choices that all sessions of a run share, with their defaults."""
+"""The limits and choices that all sessions of a run share, with their defaults.
+
+Tests: tests/sessions/test_scripts.py
+"""
 
 from dataclasses import dataclass
 

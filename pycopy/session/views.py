@@ -8,6 +8,8 @@ The client's own numbers are kept towards the target, so ``snd_*`` positions mea
 in both spaces; only what the servers sent differs.
 
 These are structs, not actors: the rules live in stream, release, receiving, recovery.
+
+Tests: tests/unit/test_stream.py, tests/unit/test_receiving.py, tests/unit/test_recovery.py
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,8 @@
 """Addresses as 16 bytes, IPv4 as IPv4-mapped (RFC 4291 2.5.5.2): the form of the BPF programs.
 
 Pure, so that the session engine may use it as well.
+
+Tests: tests/unit/test_config.py
 """
 
 import ipaddress

@@ -2,6 +2,8 @@
 
 Twin of ``struct pycopy_segment`` and ``struct pycopy_key`` in bpf/pycopy.h; what it means is the
 session engine's to say. tests/bpf/test_abi.py compares every size and offset.
+
+Tests: tests/bpf/test_abi.py
 """
 
 import struct

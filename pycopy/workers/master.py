@@ -3,6 +3,8 @@
 It has no program, no ring and no packet. It starts N processes, says once what they all say,
 adds their ledgers up, hands signals on, and ends the run when one of them dies. What a
 worker's share is, is shares.py's business; what a worker does, worker.py's.
+
+Tests: tests/lab/test_replay_workers.py
 """
 
 import json

@@ -3,6 +3,8 @@
 It is forked with its part of the run (shares.py), says nothing to the user itself, and ends
 when the master tells it to or is gone. Words, the ledger and the end go to the master as
 messages, one JSON object each.
+
+Tests: tests/lab/test_replay_workers.py
 """
 
 import contextlib
