@@ -17,7 +17,7 @@
 
 #define ETHERTYPE_IPV4 0x0800
 #define ETHERTYPE_IPV6 0x86dd
-#define PROTOCOL_TCP 6
+#define PROTOCOL_TCP   6
 
 /* impair.py: _RULE */
 struct rule {

@@ -198,7 +198,7 @@ def test_every_letter_has_a_long_name():
         ("", "-F is missing"),
         ("-F tcp -q 2048", "-q takes no number here: '2048'"),
         ("-F tcp and src port 80", "unexpected argument: 'and'"),
-        ("-F tcp --at traget", "'traget' is not known"),
+        ("-F tcp --at traget", "'traget' is not known"),  # codespell:ignore traget
         ("-F tcp --hook tcx", "'tcx' is not known"),
         ("-F tcp --pass 10.0.0.1/24", "beyond its prefix length"),
         ("-F tcp -p 0", "from 1 to 65535"),

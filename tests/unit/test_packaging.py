@@ -4,6 +4,8 @@ import ast
 import importlib.util
 import os
 import pkgutil
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -73,6 +75,32 @@ def test_what_the_wheel_is_made_of_exists():
         assert (ROOT / "bpf" / name).is_file()
     for name in ("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"):
         assert (ROOT / name).is_file()
+
+
+def test_the_sdist_is_made_of_all_that_is_in_the_repository():
+    """What its own tests read included; ``contrib/check sdist`` builds one and looks."""
+    included = set(PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"])
+    for path in included:
+        assert (ROOT / path.lstrip("/")).exists(), path
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a checkout, or no git")
+    listed = subprocess.run(
+        ["git", "-c", f"safe.directory={ROOT}", "ls-files"],
+        cwd=ROOT, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    if listed.returncode:
+        pytest.skip(f"git does not list this checkout: {listed.stderr}")
+    tops = {"/" + name.partition("/")[0] for name in listed.stdout.splitlines()}
+    # hatchling adds these by itself.
+    assert tops - included == {"/.gitignore", "/LICENSE", "/README.md", "/pyproject.toml"}, tops
+
+
+def test_the_wheel_says_that_it_has_types_and_carries_no_test_code():
+    assert (ROOT / "pycopy/py.typed").is_file()
+    for path in (ROOT / "pycopy").rglob("*.py"):
+        assert not path.name.startswith("test_") and "tests" not in path.parts, path
+    for module in MODULES:
+        assert not any(name.split(".")[0] == "tests" for name in imports_of(module)), module
 
 
 def test_every_module_can_be_imported_without_privilege():
@@ -157,8 +185,30 @@ def test_scripts_are_sound():
     for script, shell in ((setup, "sh"), (ci, "bash"), (ROOT / "vagrant/provision.sh", "sh")):
         assert os.access(script, os.X_OK)
         subprocess.run([shell, "-n", script], check=True)
-    # CI runs what README tells people to run.
+    check = ROOT / "contrib" / "check"
+    assert os.access(check, os.X_OK)
+    compile(check.read_text(), check, "exec")
+    # CI runs what README tells people to run, and before it what needs no minutes.
+    assert "./contrib/setup check" in ci.read_text().partition("./contrib/setup test")[0]
     assert "./contrib/setup test" in ci.read_text()
+
+
+def test_the_versions_of_the_checks_are_pinned():
+    """Or a tool's new version would fail a commit in which nothing is wrong."""
+    for pin in PROJECT["project"]["optional-dependencies"]["dev"]:
+        assert re.fullmatch(r"[a-z-]+==[0-9.]+", pin), pin
+
+
+def test_check_explains_itself(tmp_path):
+    """Before anything is installed; and what cannot be is said with its cure."""
+    check = [sys.executable, ROOT / "contrib" / "check"]
+    done = subprocess.run([*check, "tset"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2 and "no such step: tset; there are ruff," in done.stderr
+    (tmp_path / "file").touch()
+    env = {**os.environ, "PYCOPY_CHECK_CACHE": str(tmp_path / "file" / "cache")}
+    done = subprocess.run([*check, "ruff"], capture_output=True, text=True, timeout=30, env=env)
+    assert done.returncode == 3 and "set PYCOPY_CHECK_CACHE" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_setup_explains_itself():
