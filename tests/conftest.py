@@ -1,7 +1,7 @@
 """What all tiers share: who may run what, and the verdict on tiers that did not run.
 
 A tier is a directory of tests/. Fixtures of one tier belong into its own conftest.py; how
-tests share the machine with each other is in tests/together.py.
+tests share the machine with each other is in tests/together.py, with others in tests/busy.py.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests import together
+from tests import busy, together
 
 TESTS = Path(__file__).parent
 #: Tiers that must exist; further directories with tests in them are tiers as well.
@@ -35,6 +35,11 @@ def pytest_addoption(parser):
         help="the lab tier with every replay's fast path off, without what tests the fast path",
     )  # fmt: skip
     parser.addoption(
+        "--even-if-busy",
+        action="store_true",
+        help="do not end the run on a busy machine",
+    )
+    parser.addoption(
         "--transport", choices=("ring", "perf"), help="the lab tier with records by that way"
     )
 
@@ -42,6 +47,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     shared = getattr(config, "workerinput", None)
     config.pluginmanager.register(together.Worker(shared) if shared else together.Controller())
+    if shared is None and not config.getoption("--even-if-busy"):
+        config.pluginmanager.register(busy.Watch())
     together.interrupt_once()
     # How long an example took says how busy the machine was.
     hypothesis.settings.register_profile("shared", deadline=None)

@@ -168,6 +168,7 @@ def test_a_tier_in_which_nothing_passed_is_a_failure(workers):
     if workers:
         pytest.importorskip("xdist")
     one = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit/test_seq.py"]
+    one += ["--even-if-busy"]
     one += ["-n", str(workers), "--dist", "loadgroup"] if workers else []
     done = subprocess.run(one, cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stdout
