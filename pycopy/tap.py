@@ -48,7 +48,7 @@ class Transport(NamedTuple):
     given: Mapping[str, int]
 
     def smaller(self, most_bytes: int) -> "Transport":
-        """The same, for records that are few or short."""
+        """With rings of ``most_bytes`` at most, for records that are few or short."""
         return self._replace(ring_bytes=min(self.ring_bytes, most_bytes))
 
 
@@ -95,6 +95,7 @@ class Tap:
         return [counts.sum_percpu(index) for index in range(number)]
 
     def drain(self, limit: int) -> Iterator[tuple[Segment, bytes]]:
+        """At most ``limit`` records, each with its payload, as the ring has them."""
         return self.ring.drain(limit)
 
     def detach(self) -> None:
@@ -104,6 +105,7 @@ class Tap:
         self.attachments.clear()
 
     def close(self) -> None:
+        """Detach, and give up ring and program; what is still in the ring is lost."""
         self.detach()
         self.ring.close()
         self.module.close()
@@ -113,10 +115,12 @@ class Kept(Protocol):
     """The maps in which the kernel's sessions are: pycopy/fastpath/maps.py."""
 
     @property
-    def given(self) -> Mapping[str, int]: ...
+    def given(self) -> Mapping[str, int]:
+        """Their descriptors by name, for pycopy.loader.load()."""
 
     @property
-    def constants(self) -> Mapping[abi.Constant, int]: ...
+    def constants(self) -> Mapping[abi.Constant, int]:
+        """What programs that use them are linked with."""
 
 
 AnyTap = TypeVar("AnyTap", bound=Tap)
@@ -178,10 +182,12 @@ class Everywhere:
         raise NotImplementedError
 
     def detach(self) -> None:
+        """Stop seeing packets on every device; what is in the rings stays readable."""
         for tap in self.taps:
             tap.detach()
 
     def close(self) -> None:
+        """Close every tap."""
         for tap in self.taps:
             tap.close()
 

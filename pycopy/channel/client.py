@@ -55,6 +55,8 @@ _KINDS = frozenset((KIND_TARGET, KIND_TOO_BIG))
 
 
 class State(Enum):
+    """Where the connection to one intercept stands; the values are for messages."""
+
     WAITING = "waiting to connect again"
     CONNECTING = "connecting"
     GREETING = "greeting"
@@ -63,6 +65,8 @@ class State(Enum):
 
 
 class Count(IntEnum):
+    """What ``InterceptClient.counts`` counts, over all its connections."""
+
     RECORDS = 0
     #: Records that the intercept had for us and dropped, because we did not read fast enough.
     DROPPED_BY_INTERCEPT = 1
@@ -127,6 +131,7 @@ class InterceptClient:
 
     @property
     def connected(self) -> bool:
+        """True from WELCOME to the connection's end: responses are swallowed there."""
         return self._state is State.READY
 
     # --- start and end ---
@@ -165,6 +170,7 @@ class InterceptClient:
         self._connect()
 
     def close(self) -> None:
+        """Say BYE if there is somebody to hear it, and stay closed; may be called twice."""
         if self._stream is not None:
             self._stream.close(Bye(0).encode() if self.connected else b"")
         self._drop_socket()
@@ -179,6 +185,7 @@ class InterceptClient:
             self._changes[key] = True
 
     def release(self, key: bytes) -> None:
+        """This session (36 bytes, ``wire.segment.KEY``) is over; said at the next :meth:`flush`."""
         if not self._hello.ranges:
             self._changes[key] = False
 
@@ -215,9 +222,11 @@ class InterceptClient:
 
     @property
     def deadline_ns(self) -> int:
+        """When :meth:`on_timer` has something to do (CLOCK_MONOTONIC)."""
         return self._stream.deadline_ns if self._stream is not None else self._until_ns
 
     def on_timer(self, now_ns: int) -> None:
+        """Ping, give up who is silent, or connect again, as far as it is due at ``now_ns``."""
         if self._state is State.CLOSED:
             return
         if self._stream is not None:
@@ -231,6 +240,7 @@ class InterceptClient:
     # --- what the stream says ---
 
     def on_frame(self, stream: FrameStream, frame: Frame) -> None:
+        """Take in a frame of the intercept; ProtocolError: its records cannot be responses."""
         if isinstance(frame, Progress):
             records: list[Segment] = list(map(_new_segment, SEGMENT.iter_unpack(frame.records)))
             for segment in records:
@@ -259,9 +269,11 @@ class InterceptClient:
             self._lose("pycopy intercept has been stopped there")
 
     def on_lost(self, stream: FrameStream, reason: str) -> None:
+        """The connection is gone (``reason`` is for the user): connect again later."""
         self._lose(reason)
 
     def on_garbage(self, stream: FrameStream, error: ProtocolError) -> None:
+        """This is no intercept: ask again, but seldom."""
         self.counts[Count.GARBAGE] += 1
         self._retry_ns = _LAST_RETRY_NS
         self._lose(f"it does not speak the pycopy channel: {error}")

@@ -46,6 +46,8 @@ class ProtocolError(Exception):
 
 
 class Type(IntEnum):
+    """What a frame is, as the second field of its header says it."""
+
     HELLO = 1
     WELCOME = 2
     REFUSE = 3
@@ -97,6 +99,7 @@ class Hello(NamedTuple):
     version: str = __version__
 
     def encode(self) -> bytes:
+        """The whole frame: greeting, instance, cookie, UDP port, then 20 bytes for each range."""
         ranges = b"".join(CLAIM_KEY.pack(bits, addr) for addr, bits in self.ranges)
         return _frame(
             Type.HELLO,
@@ -117,6 +120,7 @@ class Welcome(NamedTuple):
     version: str = __version__
 
     def encode(self) -> bytes:
+        """The whole frame: greeting, instance, placement, relaying."""
         return _frame(
             Type.WELCOME,
             _greeting(self.protocol, self.abi, self.version)
@@ -125,9 +129,12 @@ class Welcome(NamedTuple):
 
 
 class Refuse(NamedTuple):
+    """The intercept does not take this replay: ``text`` is the reason, for its user."""
+
     text: str
 
     def encode(self) -> bytes:
+        """The whole frame: the text in UTF-8, MAX_TEXT_BYTES of it at most."""
         # Cut by bytes: a character cut in two is replaced by the reader.
         return _frame(Type.REFUSE, self.text.encode()[:MAX_TEXT_BYTES])
 
@@ -141,20 +148,27 @@ class Progress(NamedTuple):
     records: bytes
 
     def encode(self) -> bytes:
+        """The whole frame: ``total``, then the records, SEGMENT_BYTES each, MAX_RECORDS at most."""
         return _frame(Type.PROGRESS, _TOTAL.pack(self.total) + self.records)
 
 
 class Claim(NamedTuple):
+    """A replay: these sessions are its own; target keys of 36 bytes (``wire.segment.KEY``)."""
+
     keys: tuple[bytes, ...]
 
     def encode(self) -> bytes:
+        """The whole frame: the keys, 1 to MAX_KEYS of them."""
         return _frame(Type.CLAIM, b"".join(self.keys))
 
 
 class Release(NamedTuple):
+    """A replay: these sessions (keys as in :class:`Claim`) are over."""
+
     keys: tuple[bytes, ...]
 
     def encode(self) -> bytes:
+        """The whole frame: the keys, 1 to MAX_KEYS of them."""
         return _frame(Type.RELEASE, b"".join(self.keys))
 
 
@@ -167,6 +181,7 @@ class Taken(NamedTuple):
     keys: tuple[bytes, ...]
 
     def encode(self) -> bytes:
+        """The whole frame: the keys, 1 to MAX_KEYS of them."""
         return _frame(Type.TAKEN, b"".join(self.keys))
 
 
@@ -176,20 +191,27 @@ class Ping(NamedTuple):
     total: int
 
     def encode(self) -> bytes:
+        """The whole frame: ``total``."""
         return _frame(Type.PING, _TOTAL.pack(self.total))
 
 
 class Pong(NamedTuple):
+    """The answer to :class:`Ping`; ``total`` is the sender's own, as there."""
+
     total: int
 
     def encode(self) -> bytes:
+        """The whole frame: ``total``."""
         return _frame(Type.PONG, _TOTAL.pack(self.total))
 
 
 class Bye(NamedTuple):
+    """The sender leaves, and this is the last frame; ``total`` as in :class:`Ping`."""
+
     total: int
 
     def encode(self) -> bytes:
+        """The whole frame: ``total``."""
         return _frame(Type.BYE, _TOTAL.pack(self.total))
 
 
@@ -199,6 +221,7 @@ class Relay(NamedTuple):
     relaying: Relaying
 
     def encode(self) -> bytes:
+        """The whole frame: one byte."""
         return _frame(Type.RELAY, _RELAYING.pack(self.relaying))
 
 

@@ -37,9 +37,11 @@ class Routes(Generic[Replay]):
 
     @property
     def has_ranges(self) -> bool:
+        """True while any replay that is connected has named ranges."""
         return bool(self._ranges)
 
     def add(self, replay: Replay, ranges: Iterable[Range]) -> None:
+        """A replay is here: its ``ranges``, or none if it claims session by session."""
         ranges = tuple(dict.fromkeys(ranges))
         for item in ranges:
             self._ranges[item] = (*self._ranges.get(item, ()), replay)
@@ -49,6 +51,7 @@ class Routes(Generic[Replay]):
         self.by_addr.clear()
 
     def remove(self, replay: Replay) -> None:
+        """A replay is gone: forget its ranges and its claims."""
         for item, owners in list(self._ranges.items()):
             rest = tuple(owner for owner in owners if owner is not replay)
             if rest:
@@ -78,6 +81,7 @@ class Routes(Generic[Replay]):
         return taken
 
     def release(self, replay: Replay, keys: Iterable[bytes]) -> None:
+        """Forget these claims (keys of 36 bytes), as far as they are this replay's."""
         claims = self.claims
         for key in keys:
             if claims.get(key) is replay:

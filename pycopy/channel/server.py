@@ -135,7 +135,7 @@ class ChannelServer:
         self.routes: Routes[Replay] = Routes()
         self.fates = [0] * len(Fate)
         self.visits = [0] * len(Visit)
-        #: Of replays that have gone: copies made, sent, dropped because slow, lost unsent.
+        #: Copies for replays that have gone: made, sent, dropped because slow, lost unsent.
         self._gone_made = self._gone_sent = self._gone_dropped = self._gone_unsent = 0
         self._listener = listen(bind, port)
         self.port: int = self._listener.getsockname()[1]
@@ -215,6 +215,7 @@ class ChannelServer:
         self._strangers[Replay(sock, self._loop, self, name)] = None
 
     def on_frame(self, stream: FrameStream, frame: Frame) -> None:
+        """Take in a frame of a peer; raises ProtocolError for what it may not say."""
         assert isinstance(stream, Replay)
         if self._closing and not isinstance(frame, Bye):
             return
@@ -237,6 +238,7 @@ class ChannelServer:
             self._log(f"replay {stream.name} has left")
 
     def on_lost(self, stream: FrameStream, reason: str) -> None:
+        """A peer's connection is gone (``reason`` is for the log)."""
         assert isinstance(stream, Replay)
         if stream in self._strangers:
             self._show_out(stream, Visit.NO_HELLO, "")
@@ -248,6 +250,7 @@ class ChannelServer:
             self._log(f"replay {stream.name} is lost: {reason}")
 
     def on_garbage(self, stream: FrameStream, error: ProtocolError) -> None:
+        """A peer is no pycopy replay: tell it, and close."""
         assert isinstance(stream, Replay)
         self._show_out(stream, Visit.GARBAGE, f"this is a pycopy intercept; {error}")
         self._complain(f"{stream.name} does not speak the pycopy channel, closed: {error}")
@@ -312,10 +315,12 @@ class ChannelServer:
 
     @property
     def deadline_ns(self) -> int:
+        """When :meth:`on_timer` has something to do (CLOCK_MONOTONIC)."""
         peers = (*self._strangers, *self._replays)
         return min((peer.deadline_ns for peer in peers), default=NEVER_NS)
 
     def on_timer(self, now_ns: int) -> None:
+        """Ping peers and give up silent ones, as far as it is due at ``now_ns``."""
         for replay in (*self._strangers, *self._replays):
             if not replay.closed:
                 replay.on_timer(now_ns)

@@ -27,11 +27,14 @@ _SEND_CHUNKS = 64
 class Handler(Protocol):
     """Who owns the stream. After ``on_lost`` or ``on_garbage`` the owner closes it."""
 
-    def on_frame(self, stream: "FrameStream", frame: Frame) -> None: ...
+    def on_frame(self, stream: "FrameStream", frame: Frame) -> None:
+        """A whole frame has arrived; a ProtocolError raised here comes back by ``on_garbage``."""
 
-    def on_lost(self, stream: "FrameStream", reason: str) -> None: ...
+    def on_lost(self, stream: "FrameStream", reason: str) -> None:
+        """The connection is of no use any more; ``reason`` is a phrase for a message."""
 
-    def on_garbage(self, stream: "FrameStream", error: ProtocolError) -> None: ...
+    def on_garbage(self, stream: "FrameStream", error: ProtocolError) -> None:
+        """The peer said what this channel does not say."""
 
 
 class FrameStream:
@@ -67,6 +70,7 @@ class FrameStream:
 
     @property
     def closed(self) -> bool:
+        """True once :meth:`close` was called."""
         return self._sock.fileno() < 0
 
     def ends(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -80,11 +84,13 @@ class FrameStream:
 
     @property
     def deadline_ns(self) -> int:
+        """When :meth:`on_timer` has something to do (CLOCK_MONOTONIC)."""
         if not self.greeted:
             return self._opened_ns + GREETING_NS
         return self._last_heard_ns + (DEAD_NS if self._pinged else PING_NS)
 
     def on_timer(self, now_ns: int) -> None:
+        """Ping a silent peer; tell the handler of one that was silent for too long."""
         if now_ns < self.deadline_ns:
             return
         # If it is us who were asleep, its signs of life are waiting in the socket.
@@ -163,6 +169,7 @@ class FrameStream:
             self.flush()
 
     def receive(self) -> None:
+        """Read once and hand what is whole to the handler, which hears of errors as well."""
         # One read a turn: a peer that never stops talking must not hold up the others.
         try:
             data = self._sock.recv(_RECV_BYTES)

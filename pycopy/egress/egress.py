@@ -100,4 +100,5 @@ class Egress:
         return hop
 
     def close(self) -> None:
+        """Close the packet sockets."""
         self._sender.close()

@@ -88,6 +88,7 @@ class Sender:
                 self._count(problem.errno or errno.EIO)
 
     def close(self) -> None:
+        """Close every socket; a later send() opens a new one."""
         for sock in self._sockets.values():
             sock.close()
         self._sockets.clear()

@@ -129,6 +129,7 @@ class Maps:
         return {Constant.LOG_MASK: self.log_bytes - 1, Constant.SLOTS: self.slots}
 
     def close(self) -> None:
+        """Unmap the logs and close the descriptors; what programs use stays until they are gone."""
         if self._log is not None:
             self._log.close()
             self._log = None

@@ -26,6 +26,8 @@ _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 
 
 class Device(NamedTuple):
+    """A network device of this host, as it was when it was looked at."""
+
     name: str
     ifindex: int
     #: Bytes before the IP header: 14, or 0 on devices that carry bare IP (tun, wireguard, ...).

@@ -43,6 +43,7 @@ def request(
 
 
 def attribute(kind: int, content: bytes) -> bytes:
+    """A netlink attribute (``struct nlattr``): length, kind, content, padded to 4 bytes."""
     length = _ATTRIBUTE.size + len(content)
     return _ATTRIBUTE.pack(length, kind) + content + bytes(_aligned(length) - length)
 

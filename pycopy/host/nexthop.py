@@ -121,7 +121,7 @@ class NextHops:
         self._events = rt.open_events()
         self._hops: dict[bytes, Hop] = {}
         self._unusable: set[Hop] = set()
-        #: By destination, and the other way round.
+        #: The neighbour on the way to a destination, and the Hops behind a neighbour.
         self._neighbours: dict[bytes, rt.Neighbour] = {}
         self._behind: dict[rt.Neighbour, set[Hop]] = {}
         #: To be looked at, the longest due first.
@@ -136,9 +136,11 @@ class NextHops:
         self.deadline_ns = NEVER_NS
 
     def fileno(self) -> int:
+        """The socket on which the kernel tells of changes: when readable, call on_readable()."""
         return self._events.fileno()
 
     def close(self) -> None:
+        """Close both sockets; the Hops stay as they are."""
         self._events.close()
         self._requests.close()
 

@@ -16,6 +16,7 @@ PRIVILEGES_CURE = (
 
 
 def effective_capabilities() -> int:
+    """The effective capabilities of this process, bit n for number n (capabilities(7))."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as status:
         for line in status:
             if line.startswith("CapEff:"):

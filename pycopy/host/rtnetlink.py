@@ -51,6 +51,8 @@ _DATAGRAM_BYTES = 1 << 16
 
 
 class Route(NamedTuple):
+    """How packets to a destination leave (``struct rtmsg``); addresses of 16 bytes."""
+
     kind: int  #: RTN_*
     ifindex: int
     gateway: bytes  #: empty: none
@@ -59,6 +61,8 @@ class Route(NamedTuple):
 
 
 class Link(NamedTuple):
+    """A network device (``struct ifinfomsg`` and its attributes); ``mtu`` in bytes."""
+
     ifname: str
     kind: int  #: ARPHRD_*
     flags: int  #: IFF_*
@@ -67,7 +71,7 @@ class Link(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Of the neighbour table."""
+    """An entry of the neighbour table (``struct ndmsg`` and its attributes)."""
 
     state: int  #: NUD_*
     flags: int  #: NTF_*
@@ -121,6 +125,7 @@ class Requests:
         )
 
     def link(self, ifindex: int) -> Link:
+        """The device with that index; raises OSError (ENODEV)."""
         answer = self._ask(RTM_GETLINK, 0, _IFINFOMSG.pack(socket.AF_UNSPEC, 0, ifindex, 0, 0))
         _, kind, _, flags, _ = _IFINFOMSG.unpack_from(answer)
         found = attributes(answer[_IFINFOMSG.size :])
@@ -163,6 +168,7 @@ class Requests:
                 return b""
 
     def close(self) -> None:
+        """Close the socket."""
         self._sock.close()
 
 
@@ -195,6 +201,7 @@ def family_of(address: bytes) -> int:
 
 
 def to_text(address: bytes) -> str:
+    """A 16-byte address as users write it."""
     return str(unmap_address(address))
 
 

@@ -67,7 +67,7 @@ def listeners() -> list[Listener]:
 
 
 def _ask_for_listeners() -> set[Listener]:
-    """Of the kernel, which goes through those alone (sock_diag(7))."""
+    """Listeners as the kernel lists them, going through those alone (sock_diag(7))."""
     found = set()
     for family in (socket.AF_INET, socket.AF_INET6):
         wanted = _DIAG_REQUEST.pack(family, socket.IPPROTO_TCP, 0, 1 << _TCP_LISTEN)

@@ -33,7 +33,7 @@ _PORT = struct.Struct("!H")
 
 
 class Relay:
-    """One replay's."""
+    """The way of one replay's responses: who it is, how it is reached, what it was told."""
 
     def __init__(
         self, number: int, hello: Hello, hop: Hop, ours: tuple[Any, ...], peer: tuple[Any, ...]
@@ -61,12 +61,13 @@ class Relay:
         )  # fmt: skip
 
     def probe(self) -> bytes:
+        """A datagram (``struct pycopy_datagram``) that only shows that the way is open."""
         head = abi.DATAGRAM_HEAD.pack(self.hello.cookie, 0, abi.PROBE, 0)
         return head.ljust(abi.DATAGRAM_BYTES, b"\0")
 
 
 class Relays:
-    """All of them. ``tell`` is called when a replay's responses begin or cease to be relayed."""
+    """The relays of all replays; ``tell``: a replay's responses begin or cease to be relayed."""
 
     def __init__(
         self, loop: Loop, claims: Claims, tell: Callable[[Replay, Relaying], None],
@@ -76,7 +77,7 @@ class Relays:
         self._claims = claims
         self._tell = tell
         self._log = log
-        #: Of the programs that can relay: at XDP, or on bare IP, they cannot.
+        #: The map ``relays`` of each program that can relay: at XDP, or on bare IP, none can.
         self._maps: list[Table] = []
         self._ranges: dict[Replay, tuple[Range, ...]] = {}
         self._relays: dict[Replay, Relay] = {}
@@ -133,7 +134,7 @@ class Relays:
         self._relays[replay] = Relay(number, hello, hop, ours, peer)
 
     def leave(self, replay: Replay) -> None:
-        """It is gone: what still comes for it goes into the ring."""
+        """A replay is gone: what still comes for it goes into the ring."""
         if self._closed:
             return
         ranges = self._ranges.pop(replay, ())
@@ -223,6 +224,7 @@ class Relays:
                 self._send_probe(relay)
 
     def close(self) -> None:
+        """Close the sockets; what the programs were told stays as it is."""
         self._closed = True
         if self._hops is not None:
             self._loop.remove(self._hops.fileno())

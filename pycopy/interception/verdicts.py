@@ -25,7 +25,8 @@ class Table(Protocol):
 
     max_entries: int
 
-    def update(self, key: bytes, value: bytes) -> None: ...
+    def update(self, key: bytes, value: bytes) -> None:
+        """Set the value under ``key``; raises OSError."""
 
 
 class ClaimsFull(PycopyError):
@@ -39,6 +40,7 @@ def range_of(network: Network) -> Range:
 
 
 def describe(item: Range) -> str:
+    """``item`` as a user writes it: 10.0.0.0/8, 2001:db8::/32."""
     address = unmap_address(item.addr)
     if address.version == 4 and item.prefix_bits >= 96:
         return str(ipaddress.ip_network((address, item.prefix_bits - 96)))
@@ -46,7 +48,7 @@ def describe(item: Range) -> str:
 
 
 class Claims:
-    """The same verdicts in the maps of every loaded program: ``(claims, claims_default)`` each."""
+    """Verdicts, kept alike in the maps ``(claims, claims_default)`` of every loaded program."""
 
     def __init__(self, tables: Sequence[tuple[Table, Table]]) -> None:
         self._tables = list(tables)
@@ -57,6 +59,7 @@ class Claims:
 
     @property
     def default(self) -> int:
+        """The verdict (PASS, SWALLOW, or RELAY + n) on destinations that no range names."""
         return self._default
 
     def add(self, table: tuple[Table, Table]) -> None:
@@ -73,6 +76,7 @@ class Claims:
         self._set([Range(address, 128) for address in addresses], PASS)
 
     def pass_networks(self, networks: Iterable[Network]) -> None:
+        """What ``--pass`` lists; raises ClaimsFull."""
         self._set([range_of(network) for network in networks], PASS)
 
     def claim_ranges(self, ranges: Iterable[Range]) -> list[Range]:
@@ -92,7 +96,7 @@ class Claims:
         self._set(claimed, _by(relay))
 
     def relay_strangers(self, relay: int | None) -> None:
-        """The same for whatever nobody's range names, if it is swallowed."""
+        """What is swallowed outside every range goes by that relay; None: into the ring."""
         if self._default not in (PASS, _by(relay)):
             self._set_default(_by(relay))
 

@@ -35,6 +35,7 @@ class Alarm:
         self._at = ctypes.create_string_buffer(_TIMES.size)
 
     def fileno(self) -> int:
+        """The timerfd, for an epoll set."""
         return self._fd
 
     def set(self, at_ns: int) -> None:
@@ -50,6 +51,7 @@ class Alarm:
         self._at_ns = at_ns
 
     def close(self) -> None:
+        """Close the descriptor; may be called twice."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

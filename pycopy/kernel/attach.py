@@ -262,7 +262,7 @@ def _held_program_ids() -> set[int]:
 
 
 def _program_id(process: Path, fd: str) -> int | None:
-    """Of the program that this descriptor is of; None if it is of something else, or closed."""
+    """The id of the program that this descriptor refers to; None: no program, or it is closed."""
     with contextlib.suppress(OSError, StopIteration, ValueError):
         if os.readlink(process / "fd" / fd) == "anon_inode:bpf-prog":
             info = (process / "fdinfo" / fd).read_text("ascii")

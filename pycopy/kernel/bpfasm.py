@@ -74,11 +74,11 @@ class Assembler:
         self._instructions.append((opcode, registers, offset, signed))
 
     def alu(self, operation: int, target: Register, source: Register | int) -> None:
-        """Of 32 bits; the other half of ``target`` becomes 0."""
+        """An operation of 32 bits; the other half of ``target`` becomes 0."""
         self._operate(_ALU | operation, target, source)
 
     def alu64(self, operation: int, target: Register, source: Register | int) -> None:
-        """Of 64 bits, to which the sign of a constant is extended."""
+        """An operation of 64 bits, to which the sign of a constant is extended."""
         self._operate(_ALU64 | operation, target, source)
 
     def _operate(
@@ -95,28 +95,33 @@ class Assembler:
             self.emit(_ALU | _END | _TO_BE, target, constant=32 if size == W else 16)
 
     def load(self, size: int, target: Register, base: Register, offset: int) -> None:
+        """``target`` = ``size`` bytes (B, H or W) of memory at ``base`` + ``offset``."""
         self.emit(_LDX | _MEM | size, target, base, offset)
 
     def store(self, size: int, base: Register, offset: int, source: Register | int) -> None:
+        """``size`` bytes of memory at ``base`` + ``offset`` = a register or a constant."""
         if isinstance(source, Register):
             self.emit(_STX | _MEM | size, base, source, offset)
         else:
             self.emit(_ST | _MEM | size, base, 0, offset, source)
 
     def call(self, helper: int) -> None:
+        """Call a helper by its number in ``enum bpf_func_id`` (linux/bpf.h)."""
         self.emit(_JMP | _CALL, constant=helper)
 
     def exit(self) -> None:
+        """Return register 0."""
         self.emit(_JMP | _EXIT)
 
     def jump(self, label: Label) -> None:
+        """Go to ``label`` in any case."""
         self._go(label)
         self.emit(_JMP | _JA)
 
     def jump_if(
         self, comparison: int, left: Register, right: Register | int, label: Label
     ) -> None:  # fmt: skip
-        """Of 64 bits; a constant is below 2^31, as its sign would be extended."""
+        """A comparison of 64 bits; a constant is below 2^31, as its sign would be extended."""
         self._go(label)
         self._operate(_JMP | comparison, left, right)
 

@@ -56,6 +56,7 @@ class Filter(NamedTuple):
 
     @property
     def owns_qdisc(self) -> bool:
+        """True if we made the qdisc together with this filter, so that both may go."""
         return self.name.endswith(_OWN_QDISC)
 
 

@@ -75,6 +75,7 @@ def _clang(bcc: Any) -> str:
 
 
 def main() -> None:
+    """The child: one job in by the socket that argv names, its result out as JSON."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     reply = _compile(_receive(channel))
     channel.sendall(json.dumps(reply).encode())

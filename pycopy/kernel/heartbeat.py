@@ -14,7 +14,7 @@ from pycopy.kernel.module import make_map
 
 
 class Heartbeat:
-    """One process's. It has no effect until :meth:`open`, and none after :meth:`close`."""
+    """One process's sign of life: no effect until :meth:`open`, and none after :meth:`close`."""
 
     def __init__(self) -> None:
         self.fd = -1

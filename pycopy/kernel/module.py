@@ -33,6 +33,7 @@ class Map:
         return syscall.map_lookup(self.fd, key, self._lookup_bytes)
 
     def update(self, key: bytes, value: bytes) -> None:
+        """Set the value under ``key``; raises OSError (E2BIG: the map is full)."""
         syscall.map_update(self.fd, key, value)
 
     def delete(self, key: bytes) -> bool:

@@ -112,11 +112,12 @@ def bpf_dir() -> Path:
 
 
 def objects_dir() -> Path:
+    """Where the compiled programs and their manifest are; raises HostUnfit as bpf_dir()."""
     return bpf_dir() / "objects"
 
 
 def source_digest() -> str:
-    """Of everything that objects are made of, but for the compiler."""
+    """The SHA-256 of everything that objects are made of, but for the compiler."""
     directory = bpf_dir()
     hashed = hashlib.sha256(repr((_FLAGS, sorted(CATALOGUE.items()))).encode())
     paths = [*directory.glob("*.[ch]"), *(directory / "stub").rglob("*.h")]
@@ -271,7 +272,7 @@ def _fail(reply: dict[str, Any], said: str, name: str, status: int) -> NoReturn:
     """Turn what the child reported, or how it died, into an error for the user."""
     source = CATALOGUE[name].source if name in CATALOGUE else name
     lines = said.strip().splitlines()
-    # Of clang's errors the first one counts, what follows is mostly its consequence.
+    # The first of clang's errors counts; what follows is mostly its consequence.
     words = "\n".join(lines[:_SHOWN_LINES])
     match reply.get("failed"):
         case "import":

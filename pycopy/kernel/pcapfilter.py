@@ -181,7 +181,7 @@ def _unsupported(expression: str, what: str) -> UsageError:
 
 
 class _Translation:
-    """Of one classic program; the code is complete once the constructor is through.
+    """The translation of one classic program, complete once the constructor is through.
 
     The verifier takes no unreachable instruction, so only what a jump or the instruction
     before leads to is translated. All jumps lead forward: by the time an instruction is

@@ -27,10 +27,12 @@ from pycopy.kernel.alarm import Alarm
 from pycopy.process.loop import NEVER_NS
 from pycopy.wire.segment import SEGMENT, SEGMENT_BYTES, Segment
 
-#: From a program's look at the clock to the end of its output a few microseconds pass, some
-#: hundred when an interrupt comes in between.
+#: How long records are held back, so that an earlier one of another CPU can come before: from
+#: a program's look at the clock to the end of its output a few microseconds pass, some hundred
+#: when an interrupt comes in between.
 MERGE_NS = 1_000_000
-#: The same when a ring is half full: to lose records is worse than to reorder some.
+#: How long records are held back when a ring is half full: to lose some is worse than to
+#: reorder them.
 PRESSED_NS = 100_000
 #: No clock of this host is so far ahead: such a record's time is junk, and it must not wait.
 _FAR_NS = 1_000_000_000
@@ -48,7 +50,7 @@ _LOST, _SAMPLE = 2, 9
 _HEAD_BYTES = 8
 #: ``struct perf_record_lost``: head, id, how many.
 _LOST_BYTES, _LOST_AT = 24, 16
-#: Of a sample that bears nothing but raw data: head, u32 length, the data and what aligns it.
+#: Where the data is in a sample that bears raw data only: head, u32 length, data, padding.
 _RAW_AT = 12
 _SAMPLE_BYTES_MIN = _RAW_AT + SEGMENT_BYTES
 
@@ -61,7 +63,7 @@ _COMMIT_MASK = 63
 
 Record = tuple[Segment, bytes]
 Read = TypeVar("Read", Record, bytes)
-#: Time, which ring's, where it ends there, and what it is.
+#: A record in the merge: its time, the index of its ring, its end there, the record itself.
 Item = tuple[int, int, int, Read]
 
 
@@ -167,6 +169,7 @@ class CpuRing:
         return self.position
 
     def close(self) -> None:
+        """Unmap the pages; the descriptor is the owner's."""
         self._words.release()
         self._pages.close()
 
@@ -370,6 +373,7 @@ class PerfRing(Merged):
         self._events = 1 + len(self._cpus)
 
     def fileno(self) -> int:
+        """An epoll descriptor, readable when new records are there or held back ones are due."""
         return self._epoll.fileno()
 
     def _look(self) -> None:
@@ -394,6 +398,6 @@ class PerfRing(Merged):
 
 
 def share_bytes(ring_bytes: int, cpus: int) -> int:
-    """Of each CPU: a power of two, since a ring's data pages are."""
+    """Bytes of each CPU's ring: a power of two, since a ring's data pages are."""
     share = max(ring_bytes // max(cpus, 1), SHARE_BYTES_MIN)
     return 1 << share.bit_length() - 1

@@ -24,7 +24,7 @@ _LENGTH = _DISCARD - 1
 #: Give room back every 64 records within one drain.
 _COMMIT_MASK = 63
 
-#: Of the ring at a time.
+#: Bytes of the ring that are mapped at a time.
 WINDOW_BYTES = 4 << 20
 
 #: Longest record, in whole pages: what may reach out of the window.
@@ -88,6 +88,7 @@ class Ring:
         return self._pages, self._words, self._start
 
     def fileno(self) -> int:
+        """The map's own descriptor."""
         return self._map_fd
 
     def pending_bytes(self) -> int:

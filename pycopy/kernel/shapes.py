@@ -39,7 +39,7 @@ _ADDRESS, _PORTS = 16, 1 << 16
 
 #: In the order of their numbers, which begin with 1.
 SHAPES: dict[str, Shape] = {
-    # Of a ring its entries are its bytes; a perf event array has one for each CPU.
+    # A ring's entries are its bytes; a perf event array has one for each CPU.
     "segments": Shape(syscall.RINGBUF, 0, 0, 1 << 16),
     "counts": Shape(syscall.PERCPU_ARRAY, 4, 8, max(len(CaptureCount), len(InterceptCount))),
     "scratch": Shape(syscall.PERCPU_ARRAY, 4, abi.SCRATCH_BYTES),

@@ -78,6 +78,8 @@ class TestRun(NamedTuple):
 
 
 class ProgramInfo(NamedTuple):
+    """What is used of ``struct bpf_prog_info``; runs count while enable_run_stats() is on."""
+
     type: int
     id: int
     name: str
@@ -87,6 +89,8 @@ class ProgramInfo(NamedTuple):
 
 
 class MapInfo(NamedTuple):
+    """The head of ``struct bpf_map_info``; sizes as map_create() had them."""
+
     type: int
     id: int
     name: str
@@ -148,6 +152,7 @@ def map_lookup(map_fd: int, key: bytes, value_bytes: int) -> bytes | None:
 
 
 def map_update(map_fd: int, key: bytes, value: bytes) -> None:
+    """Set the value under ``key``; a per-CPU map wants one for each CPU, padded to 8 bytes."""
     key_buffer, value_buffer = _buffer(key), _buffer(value)
     pointers = ctypes.addressof(key_buffer), ctypes.addressof(value_buffer)
     bpf(_MAP_UPDATE, _attr(_ELEM, map_fd, *pointers, 0))
@@ -387,12 +392,14 @@ def _name(raw: bytes) -> str:
 
 
 def map_info(map_fd: int) -> MapInfo:
+    """What the kernel knows of a map (BPF_OBJ_GET_INFO_BY_FD)."""
     raw = _object_info(map_fd)
     kind, ident, key_bytes, value_bytes, max_entries, flags = struct.unpack_from("=6I", raw)
     return MapInfo(kind, ident, _name(raw[24:40]), key_bytes, value_bytes, max_entries, flags)
 
 
 def program_info(program_fd: int) -> ProgramInfo:
+    """What the kernel knows of a program (BPF_OBJ_GET_INFO_BY_FD)."""
     raw = _object_info(program_fd)
     kind, ident = struct.unpack_from("=II", raw)
     run_time_ns, run_count = struct.unpack_from("=QQ", raw, 192)
@@ -401,6 +408,7 @@ def program_info(program_fd: int) -> ProgramInfo:
 
 
 def link_info(link_fd: int) -> LinkInfo:
+    """What the kernel knows of a link to an interface (BPF_OBJ_GET_INFO_BY_FD)."""
     kind, ident, program_id, _, ifindex, attach_type = struct.unpack_from(
         "=6I", _object_info(link_fd)
     )
@@ -433,6 +441,7 @@ def attached(ifindex: int, attach_type: int) -> list[tuple[int, int]]:
 
 
 def program_fd_by_id(ident: int) -> int:
+    """A descriptor, for the caller to close, of the program with that id; raises OSError."""
     return bpf(_PROG_FD_BY_ID, _attr(_ID, ident, 0, 0))
 
 

@@ -39,7 +39,7 @@ def http_request(
 def line_request(
     request_id: str, answer_bytes: int, upload_bytes: int = 0, *, close: bool = False
 ) -> bytes:
-    """The same in the line protocol: ``GET n id``, ``PUT n id`` and its bytes, or ``QUIT``."""
+    """One request of the line protocol: ``GET n id``, ``PUT n id`` and its bytes, or ``QUIT``."""
     if close:
         return b"QUIT\r\n"
     if upload_bytes:

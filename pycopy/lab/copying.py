@@ -83,6 +83,7 @@ class Program:
 
     @property
     def pid(self) -> int:
+        """Its process id; only once it was started."""
         assert self.process is not None
         return self.process.pid
 
@@ -149,7 +150,7 @@ class Copying:
     ``62.135.200.x``; ``pool_network`` what the target must route for it.
     """
 
-    #: Of every replay and intercept besides: tests of everything with something switched.
+    #: Added to every command line: for tests of everything with one thing switched.
     replay_options: ClassVar[Sequence[str]] = ()
     intercept_options: ClassVar[Sequence[str]] = ()
 
@@ -188,6 +189,7 @@ class Copying:
 
     @property
     def programs(self) -> list[Program]:
+        """All programs in the order in which they are started."""
         return [*self.intercepts, *self.replays]
 
     def commands(self) -> list[tuple[str, str]]:
@@ -209,6 +211,7 @@ class Copying:
         self.abandon()
 
     def start(self) -> None:
+        """Set the route, if need be, and start every program; PycopyError has what one said."""
         if self.placement is Placement.ASSISTANT:
             self.lab.route_through_assistant(self._route)
         for program in self.programs:
@@ -246,6 +249,7 @@ class LoadRun:
 
     @property
     def running(self) -> bool:
+        """True until the load's process has ended."""
         return self._process.poll() is None
 
     def result(self, timeout_s: float = 120) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class Row:
         return copied and self.balanced and not self.problem
 
     def cells(self) -> tuple[str, ...]:
+        """One text for each of HEADINGS."""
         lost = f"{self.lost:,}" + (f" (+{self.surplus:,} unasked)" if self.surplus else "")
         return (
             self.placement,

@@ -224,12 +224,15 @@ class Load:
     # What connections report.
 
     def answered(self, latency_s: float) -> None:
+        """A request's answer is complete, that long after the request was due."""
         self._latencies_s.append(latency_s)
 
     def wait_until(self, due_s: float, connection: _Connection) -> None:
+        """Wake ``connection`` at ``due_s`` (CLOCK_MONOTONIC) for its next request."""
         heapq.heappush(self._waiting, (due_s, connection.plan.number, connection))
 
     def done(self, connection: _Connection) -> None:
+        """A connection has ended as planned."""
         self._digests.append(connection.digest.hexdigest())
         self._forget(connection)
 
@@ -245,6 +248,7 @@ class Load:
     # Running.
 
     def run(self) -> dict[str, object]:
+        """Send every request, within the time limit; returns counts, seconds, latencies in us."""
         options = self._options
         plans = deque(
             make_plans(
@@ -357,6 +361,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line of ``python -m pycopy.lab.load``."""
     parser = argparse.ArgumentParser(prog="python -m pycopy.lab.load", description=__doc__)
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
@@ -376,6 +381,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
+    """Run one load and print what it measured as JSON; returns 1 if any request failed."""
     result = Load(parser().parse_args()).run()
     print(json.dumps(result))
     return 0 if result["ok"] else 1

@@ -62,6 +62,7 @@ class Served:
 
     @property
     def count(self) -> int:
+        """Requests in all."""
         return self.requests.total()
 
     def lost(self, copy: "Served") -> Counter[str]:
@@ -81,6 +82,7 @@ class Served:
 
     @staticmethod
     def sum(parts: Iterable["Served"]) -> "Served":
+        """What several servers, or one server in several runs, were asked together."""
         total = Served()
         for part in parts:
             total.requests.update(part.requests)
@@ -102,6 +104,7 @@ class Server:
 
     @property
     def pid(self) -> int:
+        """Its process id; only while it runs."""
         assert self._child is not None
         return self._child.pid
 
@@ -113,6 +116,7 @@ class Server:
         self.stop()
 
     def start(self) -> None:
+        """Start it in a new directory and wait until both families listen; raises PycopyError."""
         shutil.rmtree(self.dir, ignore_errors=True)  # an earlier server's log
         self.dir.mkdir(parents=True)
         self._prepare()
@@ -128,6 +132,7 @@ class Server:
             time.sleep(0.01)
 
     def stop(self) -> None:
+        """End it, by SIGKILL if SIGTERM does not within 10 s; may be called twice."""
         if self._child is None:
             return
         if self._child.poll() is None:
@@ -156,6 +161,7 @@ class Server:
         os.truncate(self.dir / "access.log", 0)
 
     def served(self) -> Served:
+        """What its log has: everything it was asked since :meth:`start` or :meth:`forget`."""
         raise NotImplementedError
 
     def count(self) -> int:
@@ -183,6 +189,7 @@ class Nginx(Server):
         (self.dir / "nginx.conf").write_text(_NGINX_CONF.format(dir=self.dir, port=self.port))
 
     def served(self) -> Served:
+        """Requests as ``status length request``, from nginx's access log."""
         served = Served()
         by_connection: dict[str, list[str]] = defaultdict(list)
         for line in (self.dir / "access.log").read_text(errors="replace").splitlines():
@@ -193,6 +200,7 @@ class Nginx(Server):
         return served
 
     def count(self) -> int:
+        """Lines of the access log."""
         return (self.dir / "access.log").read_bytes().count(b"\n")
 
 

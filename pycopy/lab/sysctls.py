@@ -32,6 +32,7 @@ HOST = {
 
 
 def write(values: Mapping[str, str]) -> None:
+    """Set them in the current network namespace; keys are paths below /proc/sys."""
     for key, value in values.items():
         path = Path("/proc/sys", key)
         # Kernels differ in which of these are per namespace; a missing one is not fatal.

@@ -120,9 +120,11 @@ class Lab:
     # -- names and addresses -----------------------------------------------------------
 
     def namespace(self, role: str) -> str:
+        """The name of a role's network namespace."""
         return f"{self.name}-{role}"
 
     def prefix(self, role: str, family: int) -> str:
+        """The network of a role's addresses (``family`` 4 or 6), as text."""
         number = _NUMBERS[role]
         return f"10.91.{number}.0/24" if family == 4 else f"fd00:91:{number}::/64"
 
@@ -131,6 +133,7 @@ class Lab:
         return str(ipaddress.ip_network(self.prefix(role, family))[_FIRST_HOST + index])
 
     def addresses(self, role: str, family: int) -> list[str]:
+        """All addresses of a role: CLIENT_ADDRESSES of the client, one of each other host."""
         count = CLIENT_ADDRESSES if role == "client" else 1
         return [self.address(role, family, index) for index in range(count)]
 

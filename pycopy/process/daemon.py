@@ -61,6 +61,7 @@ class LogFile(io.TextIOBase):
             ) from None
 
     def write(self, text: str) -> int:
+        """Write whole lines, keep the rest for later; returns ``len(text)``, never raises."""
         with self._lock:
             lines, newline, self._pending = (self._pending + text).rpartition("\n")
             if newline:
@@ -68,6 +69,7 @@ class LogFile(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
+        """Write the line that has not ended yet, too."""
         with self._lock:
             if self._pending:
                 self._put(self._pending)
@@ -92,12 +94,15 @@ class LogFile(io.TextIOBase):
         self._copies.append(fd)
 
     def writable(self) -> bool:
+        """True, as io.TextIOBase has it."""
         return True
 
     def fileno(self) -> int:
+        """The descriptor, which stays the same when the log is reopened."""
         return self._fd
 
     def isatty(self) -> bool:
+        """False: it is never a terminal."""
         return False
 
     def _open(self) -> int:
@@ -218,6 +223,7 @@ class PidFile:
             return False
 
     def write(self) -> None:
+        """Write this process's id; raises PycopyError, with the lock still held."""
         try:
             self._put(b"%d\n" % os.getpid())
         except OSError as error:

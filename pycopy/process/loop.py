@@ -19,7 +19,7 @@ NEVER_NS = 1 << 62
 #: A loop that has nothing to do comes by this often all the same, to say that it is there.
 BEAT_NS = 500_000_000
 
-#: Of one wait. Python's default makes room for a thousand each time.
+#: Events that one wait returns at most. Python's default makes room for a thousand each time.
 _EVENTS_MAX = 64
 
 Callback = Callable[[int], None]
@@ -36,10 +36,12 @@ class Loop:
         self._again: set[int] = set()
 
     def add(self, fd: int, events: int, callback: Callback) -> None:
+        """Call ``callback`` whenever ``events`` (READ, WRITE or both) are there on ``fd``."""
         self._epoll.register(fd, events)
         self._callbacks[fd] = callback
 
     def change(self, fd: int, events: int) -> None:
+        """Wait for other events of ``fd``; its callback stays."""
         self._epoll.modify(fd, events)
 
     def again(self, fd: int) -> None:
@@ -70,5 +72,6 @@ class Loop:
                 callback(events)
 
     def close(self) -> None:
+        """Close the epoll descriptor; those it waited for stay open."""
         self._epoll.close()
         self._callbacks.clear()

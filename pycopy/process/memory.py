@@ -13,7 +13,7 @@ def rss_bytes() -> int:
 
 
 def own_bytes() -> int:
-    """The same without what is mapped: what grows with sessions."""
+    """Resident memory of this process without what is mapped: what grows with sessions."""
     _, resident, shared, *_ = _statm()
     return (resident - shared) * mmap.PAGESIZE
 

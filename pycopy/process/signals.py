@@ -43,6 +43,7 @@ class Signals:
         loop.add(self._reader, READ, self._on_readable)
 
     def close(self) -> None:
+        """Put back the handlers that were there before."""
         self._loop.remove(self._reader)
         for number, before in self._before.items():
             signal.signal(number, before)

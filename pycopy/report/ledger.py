@@ -135,7 +135,7 @@ class Ledger(Tallies):
         return dict(zip(names, self.hold, strict=True))
 
     def _familiar(self) -> dict[str, int | float | str]:
-        """The same under the names that users of tcpcopy grep its log for."""
+        """Our counters under the names that users of tcpcopy grep its log for."""
         counts = self.counts
         return {
             "active": self.active,

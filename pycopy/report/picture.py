@@ -63,7 +63,7 @@ def troubles(snapshot: Snapshot) -> list[Trouble]:
         if isinstance(value, int) and value and _is_trouble(key)
     ]
     if any((each.section, each.key) == ("kernel", _RING_FULL) for each in found):
-        # The same segments under the name that the ledger's equation has for them.
+        # ``ring_full`` counts these segments already; this is their name in the ledger's equation.
         found = [each for each in found if each.key != "lost_in_ring"]
     return found
 

@@ -51,6 +51,7 @@ class View:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
+        """Begin to show, from a thread of its own; with ``quiet`` nothing happens."""
         if self._quiet:
             return
         if self._json:
@@ -69,6 +70,7 @@ class View:
         self._thread = thread
 
     def stop(self) -> None:
+        """Show nothing more; waits 2 s at most for the thread's last line."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join(timeout=2.0)
@@ -182,6 +184,7 @@ def interval_text(snapshot: Snapshot) -> str:
 
 
 def summary_text(snapshot: Snapshot) -> str:
+    """The snapshot as text: sections in their order, what is zero left out, then the balance."""
     lines = []
     for name, section in snapshot.items():
         if name == FAMILIAR:

@@ -32,7 +32,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Addresses(Protocol):
-    """One of the three."""
+    """What the three ways have in common."""
 
     #: What the port may be where it is not the client's own, in rising order.
     ports: Sequence[int]
@@ -82,6 +82,7 @@ class KeptAddresses:
         self, client_addr: bytes, client_port: int, target_addr: bytes, target_port: int,
         is_free: IsFree,
     ) -> bytes | None:  # fmt: skip
+        """As in :class:`Addresses`; the client's own address always, its port if it is free."""
         if family_of(client_addr) != family_of(target_addr):
             return None
         key = KEY.pack(client_addr, target_addr, client_port, target_port)
@@ -117,6 +118,7 @@ class PooledAddresses:
         self, client_addr: bytes, client_port: int, target_addr: bytes, target_port: int,
         is_free: IsFree,
     ) -> bytes | None:  # fmt: skip
+        """As in :class:`Addresses`; the client's pool member, or one of the next few."""
         start = crc32(client_addr)
         for attempt in range(MEMBERS):
             source = self._member(target_addr, start + attempt)
@@ -168,6 +170,7 @@ class SelfPorts:
         self, client_addr: bytes, client_port: int, target_addr: bytes, target_port: int,
         is_free: IsFree,
     ) -> bytes | None:  # fmt: skip
+        """As in :class:`Addresses`: our own address and the next port of the range that is free."""
         source = self._source_for(target_addr)
         ports, target = self.ports, (target_addr, target_port)
         position = self._next.get(target, self._first)

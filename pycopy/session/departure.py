@@ -17,7 +17,7 @@ from pycopy.wire.segment import FIN, PSH, RST, SYN
 if TYPE_CHECKING:  # pragma: no cover
     from pycopy.session.session import Session
 
-#: Of a captured segment's flags, those that ours carries as well.
+#: Flags of a captured segment that ours carries as well.
 _PASSED_ON = FIN | SYN | PSH
 
 

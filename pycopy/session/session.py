@@ -326,6 +326,7 @@ class Session:
     # -- clock, state, output -------------------------------------------------------------
 
     def move(self, event: Event) -> None:
+        """Go to the state that TRANSITIONS has for ``event``; KeyError if it has none."""
         self.state = TRANSITIONS[self.state, event]
 
     def _turn(self, now_ns: int) -> None:
@@ -361,6 +362,7 @@ class Session:
         self.emit_raw(flags, (target.iss + pos) & MASK, ack, data, now_ns)
 
     def emit_raw(self, flags: int, seq: int, ack: int, data: bytes, now_ns: int) -> None:
+        """Put a segment with exactly these 32-bit numbers on the host's outbox."""
         tsval = (now_ns // MS + self.host.rules.timestamp_origin) & MASK
         self.host.outbox.append(tuple.__new__(Emission, (self, flags, seq, ack, tsval, data)))
 

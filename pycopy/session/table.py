@@ -45,7 +45,7 @@ class Table:
         #: Told of the key towards the target when a session opens, or comes, and ends.
         self.on_claim: Callable[[bytes], None] = lambda key: None
         self.on_release: Callable[[bytes], None] = lambda key: None
-        #: The same of a session that the kernel gets.
+        #: Told of the key towards the target when the kernel gets the session.
         self.on_give: Callable[[bytes], None] = lambda key: None
         #: Why no session may be opened now; None: they may.
         self.closed_for: Fate | None = None

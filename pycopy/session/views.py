@@ -122,7 +122,7 @@ class Target:
     )  # fmt: skip
 
     def __init__(self, iss: int, start: int, mss: int, rto_ns: int) -> None:
-        #: The same numbers as online: the client's sequence numbers are kept.
+        #: ``Online.iss``: the client's sequence numbers are kept towards the target.
         self.iss = iss
         self.irs = 0
         #: Oldest unacknowledged position; the SYN sits one before the first byte to send.
@@ -136,7 +136,7 @@ class Target:
         self.rcv_wscale = 0
         #: MSS option of our SYN; then the smaller of both sides' (RFC 9293 3.7.1).
         self.mss = mss
-        #: The same less the options every segment carries: RFC 5681 counts in these.
+        #: ``mss`` less the options that every segment carries: RFC 5681 counts in these.
         self.smss = mss
         #: abi.OPT_* in use on this connection.
         self.options = 0

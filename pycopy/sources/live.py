@@ -68,6 +68,7 @@ class Services:
             raise
 
     def close(self) -> None:
+        """Close the descriptors; what programs use stays until they are gone."""
         for fd in self.given.values():
             os.close(fd)
         self.given = {}

@@ -15,4 +15,5 @@ def diff(a: int, b: int) -> int:
 
 
 def lt(a: int, b: int) -> bool:
+    """Whether ``a`` comes before ``b``."""
     return (a - b) & MASK >= _HALF
