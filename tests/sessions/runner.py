@@ -1,20 +1,9 @@
 """Runs packetdrill-like scripts against the session table, with a fake clock.
 
-    +0    client < S 0:0(0) win 64240 <mss 1460,sackOK,TS val 1 ecr 0,wscale 7>
-    +0    target > S 0:0(0)
-    +.01  target < S. 0:0(0) ack 1 win 65535 <mss 1460>
-    +0    target > . 1:1(0) ack 1
-    +0    * state ESTABLISHED
-
-``client <`` is a captured segment, ``target <`` a response, ``target >`` what must be sent
-at just that time, and nothing else may be. Numbers are relative to the initial one of the
-space they are in: the client's for ``client <`` and its acks of the online server, ours for
-what goes to the target. ``target/2`` is the second connection to the target, ``client/2``
-another client, ``client@1`` the first client towards service 1. Payload is a pattern that
-the runner checks. Options of what is sent are only checked where the script names them.
-``icmp < mss 1260 seq 1`` is a router's word that the segment with that number is too big;
-its MTU is what makes that the largest payload.
-Lines with ``*`` are in :class:`Script`, each as the method ``star_`` + its first word.
+The notation is in README.md beside this file: each line is a segment that is captured
+(``client <``), a response (``target <``), what must be sent just then (``target >``), a router's
+word (``icmp <``), or a word of the script (``* ...``: the method of :class:`Script` named
+``star_`` and that word). Whoever adds a word lists it there; a test holds the list complete.
 """
 
 import re
