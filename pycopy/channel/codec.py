@@ -264,7 +264,10 @@ class Decoder:
         self._error = ""
 
     def feed(self, data: bytes) -> Iterator[Frame]:
-        """The frames that ``data`` completes; iterate to the end before feeding again."""
+        """The frames that ``data`` completes; iterate to the end before feeding again.
+
+        Raises ProtocolError at the first byte that cannot be right, after the frames before it.
+        """
         if self._error:
             raise ProtocolError(self._error)
         buffer = self._buffer

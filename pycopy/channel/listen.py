@@ -14,7 +14,7 @@ _BACKLOG = 1024
 
 
 def listen(bind: str, port: int) -> socket.socket:
-    """A listening socket; ``bind`` "" means every address of both families."""
+    """A listening socket; ``bind`` "" means every address of both families. Raises PycopyError."""
     try:
         if bind:
             found = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

@@ -89,7 +89,10 @@ class Routes(Generic[Replay]):
                 self._claimed[replay] -= 1
 
     def owners_by_range(self, addr: bytes) -> tuple[Replay, ...]:
-        """Longest prefix wins; remembered, because a destination is asked for many times."""
+        """The replays with the longest range around ``addr`` (16 bytes); empty: there is none.
+
+        Remembered in ``by_addr``, because a destination is asked for many times.
+        """
         number = int.from_bytes(addr, "big")
         best: tuple[Replay, ...] = ()
         longest = -1

@@ -74,7 +74,7 @@ class FrameStream:
         return self._sock.fileno() < 0
 
     def ends(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Our address and the peer's, as the socket has them."""
+        """Our address and the peer's, as the socket has them (host, port, ...); raises OSError."""
         return self._sock.getsockname(), self._sock.getpeername()
 
     def greeting_over(self, accepts: frozenset[Type]) -> None:

@@ -35,7 +35,10 @@ class Device(NamedTuple):
 
 
 def find_devices(names: Iterable[str]) -> list[Device]:
-    """Those named, or by default every device that is up, has an address and is not loopback."""
+    """Those named, or by default every device that is up, has an address and is not loopback.
+
+    Raises HostUnfit if there is none.
+    """
     names = list(names)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         if not names:

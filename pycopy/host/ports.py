@@ -111,7 +111,8 @@ def _wait_turn(lock: int) -> None:
 
 
 def choose_ports(ends: tuple[int, int], copied: Iterable[int] = ()) -> list[int]:
-    """The ports of the range that no socket of this host uses, and none of ``copied``."""
+    """The ports from ``ends[0]`` to ``ends[1]`` that no socket of this host uses, without those
+    of ``copied``; raises PycopyError if none is left."""
     used = ports_in_use().union(copied)
     ports = [port for port in range(ends[0], ends[1] + 1) if port not in used]
     if not ports:

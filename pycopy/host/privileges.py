@@ -25,7 +25,7 @@ def effective_capabilities() -> int:
 
 
 def check_privileges(effective: int | None = None) -> None:
-    """Capabilities to load BPF programs, attach them, and send frames."""
+    """Whether this process may load BPF programs, attach them, and send frames, or HostUnfit."""
     held = effective_capabilities() if effective is None else effective
     if held & 1 << _CAP_SYS_ADMIN:
         # Both were split off it (Linux 5.8), and it includes them ever since.

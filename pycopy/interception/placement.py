@@ -43,7 +43,7 @@ Listener = tuple[bytes, int]
 def choose(
     wanted: str, expression: str, listeners: Iterable[Listener], own: Iterable[bytes]
 ) -> tuple[Placement, str]:
-    """The placement and, in words, why; ``wanted`` is what --at says."""
+    """The placement and, in words, why; ``wanted`` is what --at says, ``own`` 16 bytes each."""
     if wanted != "auto":
         return Placement[wanted.upper()], f"--at {wanted}"
     found = _selected(expression, listeners, own)

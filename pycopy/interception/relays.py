@@ -50,7 +50,7 @@ class Relay:
         self.entry = b""
 
     def entry_now(self) -> bytes:
-        """What the programs must know; empty while there is no way."""
+        """What the programs must know (``struct pycopy_relay``); empty while there is no way."""
         hop = self.hop
         if not hop.usable or len(hop.l2) != 14:
             return b""

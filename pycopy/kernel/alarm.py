@@ -39,7 +39,10 @@ class Alarm:
         return self._fd
 
     def set(self, at_ns: int) -> None:
-        """Readable from ``at_ns`` (CLOCK_MONOTONIC) on, now if that is past; 0: not at all."""
+        """Readable from ``at_ns`` (CLOCK_MONOTONIC) on, now if that is past; 0: not at all.
+
+        Raises ValueError when closed.
+        """
         if self._fd < 0:
             raise ValueError("the alarm is closed")
         if at_ns == self._at_ns:

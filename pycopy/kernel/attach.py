@@ -100,7 +100,10 @@ class _FilterAttachment(Attachment):
 
 
 def attach(module: Program, ifname: str, hook: Hook, *, prefer_link: bool = True) -> Attachment:
-    """Attach; ``prefer_link=False`` takes the way of kernels below 6.6 for a TC hook."""
+    """Attach; ``prefer_link=False`` takes the way of kernels below 6.6 for a TC hook.
+
+    Raises PycopyError, with nothing attached; ValueError if the program is not for this hook.
+    """
     if module.hook_xdp != (hook is Hook.XDP):
         raise ValueError(f"{module.program_name} was not compiled for {hook.value}")
     ifindex = _ifindex(ifname)

@@ -41,7 +41,7 @@ class Map:
         return syscall.map_delete(self.fd, key)
 
     def sum_percpu(self, index: int) -> int:
-        """The u64 at ``index`` of a per-CPU array, summed over the CPUs."""
+        """The u64 at ``index`` of a per-CPU array, summed over the CPUs; raises IndexError."""
         value = self.lookup(index.to_bytes(4, sys.byteorder))
         if value is None:
             raise IndexError(index)

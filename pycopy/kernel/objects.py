@@ -100,7 +100,7 @@ CATALOGUE: dict[str, Spec] = _catalogue()
 
 
 def bpf_dir() -> Path:
-    """Where the C text and the objects are: inside the installed package, or beside it."""
+    """Where the C text and the objects are: in the installed package, or beside it; HostUnfit."""
     package = Path(__file__).resolve().parents[1]
     for candidate in (package / "bpf", package.parent / "bpf"):
         if (candidate / "pycopy.h").is_file():
@@ -193,7 +193,9 @@ def find(name: str) -> Object:
 def compile_all(
     names: Iterable[str], progress: Callable[[str], None] = lambda _: None
 ) -> tuple[dict[str, Object], dict[str, str]]:
-    """Have bcc compile objects of the catalogue: them, and which compiler it was.
+    """Have bcc compile objects of the catalogue: them by name, and the versions of bcc and clang.
+
+    Raises PycopyError.
 
     Each in a child of its own: what one text makes of clang's memory is nothing to the next.
     """
@@ -337,6 +339,8 @@ def link_code(
     code: bytes, maps: Mapping[int, int], constants: Mapping[Constant, int], filter_code: bytes
 ) -> bytes:
     """A program with descriptors for the numbers of ``maps``, its constants, and the filter.
+
+    ``code`` and what is returned are instructions (``struct bpf_insn``), 8 bytes each.
 
     ``filter_code``: a function (pcapfilter.filter_code), empty for one that takes everything.
     """

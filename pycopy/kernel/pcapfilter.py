@@ -161,7 +161,8 @@ def _without_tags(frame: bytes) -> bytes:
 def filter_code(expression: str, l2_bytes: int, hook_xdp: bool) -> bytes:
     """eBPF instructions (struct bpf_insn) of a function filter(ctx, frame_bytes) -> 0 or 1.
 
-    ``b""`` if the expression is empty: then every packet is wanted. The function calls none
+    ``b""`` if the expression is empty: then every packet is wanted. ``l2_bytes``: 14, or 0 for
+    bare IP. Raises UsageError for what libpcap or the kernel does not take. The function calls none
     but the hook's helper to read packets, refers to no map, and ends with its last instruction.
     """
     if not expression.strip():

@@ -74,7 +74,10 @@ def unfit(error: OSError, reasons: dict[int, tuple[str, str]] = _OPENING) -> Pyc
 
 
 def open_output(cpu: int) -> int | None:
-    """The descriptor of ``cpu``'s event, whose ring is not there yet; None: it is offline."""
+    """The descriptor of ``cpu``'s event, whose ring is not there yet; None: it is offline.
+
+    Raises PycopyError.
+    """
     number = _SYSCALL_NUMBERS.get(platform.machine())
     if number is None:
         raise HostUnfit(
@@ -92,7 +95,7 @@ def open_output(cpu: int) -> int | None:
 
 def map_ring(fd: int, data_bytes: int) -> mmap.mmap:
     """The event's ring: a page for the positions, then the data. It must be writable, or the
-    kernel would overwrite what has not been read."""
+    kernel would overwrite what has not been read. Raises PycopyError."""
     try:
         return mmap.mmap(fd, mmap.PAGESIZE + data_bytes)
     except OSError as error:
@@ -100,7 +103,7 @@ def map_ring(fd: int, data_bytes: int) -> mmap.mmap:
 
 
 def put_to_use(fd: int, map_fd: int, cpu: int) -> None:
-    """Have what programs output to ``map_fd`` on ``cpu`` go to the event."""
+    """Have what programs output to ``map_fd`` on ``cpu`` go to the event; raises PycopyError."""
     try:
         fcntl.ioctl(fd, _IOC_ENABLE, 0)
         syscall.map_update(map_fd, _WORD.pack(cpu), _WORD.pack(fd))

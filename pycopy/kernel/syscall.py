@@ -111,7 +111,8 @@ class LinkInfo(NamedTuple):
 
 
 def bpf(command: int, attr: "ctypes.Array[ctypes.c_char]") -> int:
-    """One bpf(2) call; ``attr`` is written back into by the kernel."""
+    """One bpf(2) call; ``attr`` is written back into by the kernel. Raises OSError, or HostUnfit
+    on a machine whose number of the call is not known."""
     number = _SYSCALL_NUMBERS.get(platform.machine())
     if number is None:
         raise HostUnfit(

@@ -25,7 +25,10 @@ EXIT_NOT_FOUND = 127
 
 
 def command(action: str, role: str | None, argv: list[str], name: str) -> int:
-    """``pycopy lab ACTION [ROLE] [-- CMD]`` on the lab called ``name``; the exit status."""
+    """``pycopy lab ACTION [ROLE] [-- CMD]`` on the lab called ``name``; the exit status.
+
+    Raises PycopyError.
+    """
     from . import topology
 
     lab = topology.Lab(name)

@@ -16,7 +16,7 @@ MAX_CONTENT_BYTES = 64 * 1024 * 1024
 
 
 def content(size_bytes: int) -> bytes:
-    """The first ``size_bytes`` bytes of the pattern."""
+    """The first ``size_bytes`` bytes of the pattern; ValueError beyond MAX_CONTENT_BYTES."""
     if not 0 <= size_bytes <= MAX_CONTENT_BYTES:
         raise ValueError(f"content of {size_bytes} bytes: 0 to {MAX_CONTENT_BYTES} is possible")
     whole, rest = divmod(size_bytes, len(_PERIOD))

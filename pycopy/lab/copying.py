@@ -51,7 +51,7 @@ class Program:
         return shlex.join(["pycopy", *self.arguments])
 
     def start(self) -> None:
-        """Start it and wait until it says that it is ready."""
+        """Start it and wait until it says that it is ready; raises PycopyError after READY_S."""
         self._dir.mkdir()
         with (self._dir / "out").open("wb") as out, (self._dir / "err").open("wb") as err:
             self.process = self.lab.popen(
@@ -88,7 +88,7 @@ class Program:
         return self.process.pid
 
     def stop(self, number: int = signal.SIGINT) -> dict[str, Any]:
-        """Send the signal, wait for the end, and return its JSON summary."""
+        """Send the signal, wait for the end, and return its JSON summary; raises PycopyError."""
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(number)
@@ -253,7 +253,8 @@ class LoadRun:
         return self._process.poll() is None
 
     def result(self, timeout_s: float = 120) -> dict[str, Any]:
-        """Wait for its end; what it measured. Failed requests are in there, not raised."""
+        """Wait for its end; what it measured, as Load.run() has it. Failed requests are in there;
+        PycopyError is raised only if it broke off."""
         self._process.wait(timeout=timeout_s)
         try:
             return dict(json.loads(self._out.read_text()))

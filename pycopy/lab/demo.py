@@ -77,7 +77,10 @@ def run(
     connections: int,
     as_json: bool = False,
 ) -> int:
-    """The whole demonstration; the exit status. Ctrl-C and SIGTERM take everything down."""
+    """The whole demonstration; the exit status. Ctrl-C and SIGTERM take everything down.
+
+    Raises PycopyError if the host is unfit.
+    """
     require_root()
     nginx_binary()
     rows: list[Row] = []

@@ -26,7 +26,8 @@ def make_plans(
     """Spread requests over connections, ``short`` of which carry one request only.
 
     At a constant rate the requests go round among ``concurrency`` connections; a connection
-    that has carried its share makes room for the next one.
+    that has carried its share makes room for the next one. ValueError: the numbers contradict
+    each other.
     """
     if not 0 <= short <= connections <= requests or (short == connections != requests):
         raise ValueError(f"{requests} requests over {connections} connections, {short} short")

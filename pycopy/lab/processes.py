@@ -23,7 +23,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def set_network(fd: int) -> None:
-    """Put the calling thread into the network namespace that is open as ``fd``."""
+    """Put the calling thread into the network namespace that is open as ``fd``; raises OSError."""
     # os.setns exists from Python 3.12 only.
     if _libc.setns(fd, _CLONE_NEWNET) < 0:
         errno = ctypes.get_errno()

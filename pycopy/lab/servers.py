@@ -205,7 +205,7 @@ class Nginx(Server):
 
 
 def nginx_binary() -> str:
-    """Where nginx is; its absence is named with the cure."""
+    """The path of nginx; HostUnfit, which names the cure, if there is none."""
     found = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
     if found is None:
         raise HostUnfit("nginx is not installed", "install it: apt-get install nginx-light")

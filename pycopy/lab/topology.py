@@ -49,7 +49,7 @@ _CAP_SYS_ADMIN = 1 << 21
 
 
 def require_root() -> None:
-    """Namespaces need CAP_SYS_ADMIN; say so before half a lab stands."""
+    """Namespaces need CAP_SYS_ADMIN: HostUnfit says so before half a lab stands."""
     if os.geteuid() != 0 or not privileges.effective_capabilities() & _CAP_SYS_ADMIN:
         container = "" if os.geteuid() else "; a container must be privileged"
         raise HostUnfit(

@@ -47,6 +47,26 @@ def test_everything_public_has_a_docstring(path):
     assert not [name for name, node in found if not ast.get_docstring(node)]
 
 
+def raised(function):
+    """Names of what a function's own text raises; what is raised again has no name."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            made = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+            name = ast.unparse(made).rpartition(".")[2]
+            if name[0].isupper() and name not in ("NotImplementedError", "KeyboardInterrupt"):
+                yield name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_is_raised_is_said(path):
+    for name, node in public(ast.parse(path.read_text()).body):
+        if not isinstance(node, ast.ClassDef):
+            said = ast.get_docstring(node) or ""
+            # A base class will do, or "the kernel's no as OSError".
+            missing = [each for each in raised(node) if each not in said and "rror" not in said]
+            assert not missing or "aise" in said, f"{name} raises {missing}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_riddles(path):
     lines = enumerate(path.read_text().splitlines(), 1)
