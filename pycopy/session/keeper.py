@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 
 class Keeper(Protocol):
-    """What the table asks of whoever keeps sessions."""
+    """What the table asks of it."""
 
     def fetch_online(self, key: bytes, host: "Host", now_ns: int) -> "Session | None":
-        """The session of a connection online (KEY), from now on ours; None: none is kept."""
+        """The session of a connection online, from now on ours; None: it has none."""
 
     def fetch_target(self, key: bytes, host: "Host", now_ns: int) -> "Session | None":
         """The session of a connection to the target, as by :meth:`fetch_online`."""
 
     def may_give(self, session: "Session") -> bool:
-        """Whether the keeper could go on from here: nothing is out of the ordinary."""
+        """Whether it could go on from here: nothing is out of the ordinary."""
 
     def give(self, session: "Session") -> bool:
-        """The keeper goes on with ``session``; False if it may not, or has no room for it."""
+        """It goes on with ``session``; False if it may not, or has no room for it."""
 
     def claim(self, target_key: bytes, over_lingering: bool = False) -> bool:
         """We open a connection to the target; False if the keeper has that one.
@@ -36,7 +36,7 @@ class Keeper(Protocol):
         """The connection online has a session of ours."""
 
     def disown_online(self, online_key: bytes) -> None:
-        """The connection online has no session of ours any more."""
+        """It has none any more."""
 
     def now_active(self) -> int:
-        """How many open sessions are kept now."""
+        """Open sessions that it has now."""
