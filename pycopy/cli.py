@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from pycopy import __version__
-from pycopy.command import config, guards, options
+from pycopy.command import config, guards, options, services, values
 from pycopy.command.config import InterceptConfig, ProcessConfig, ReplayConfig
 from pycopy.errors import (
     EXIT_FAILED,
@@ -114,7 +114,7 @@ def _dispatch(argv: list[str]) -> int:
         return int(end.code or EXIT_OK)
 
 
-def replay_config(argv: Sequence[str], resolver: config.Resolver = config.resolve) -> ReplayConfig:
+def replay_config(argv: Sequence[str], resolver: values.Resolver = values.resolve) -> ReplayConfig:
     """The configuration that the words after ``pycopy replay`` ask for."""
     given, words = options.replay_parser().parse(argv)
     if given.copy is not None and words:
@@ -127,24 +127,24 @@ def replay_config(argv: Sequence[str], resolver: config.Resolver = config.resolv
         raise UsageError("-x is missing", "name what is copied: -x 80-10.0.0.2:8080")
     wanted = ReplayConfig()
     if given.copy is not None:
-        wanted.services = config.parse_services(given.copy, resolver)
+        wanted.services = services.parse_services(given.copy, resolver)
     else:
-        wanted.services = config.parse_old_form(words, resolver)
-    port = config.INTERCEPT_PORT
+        wanted.services = services.parse_old_form(words, resolver)
+    port = values.INTERCEPT_PORT
     if given.intercept_port is not None:
         _needs_intercept(given, "-p")
-        port = config.parse_int(given.intercept_port, "-p", 1, 65535, "the port")
+        port = values.parse_int(given.intercept_port, "-p", 1, 65535, "the port")
     if given.intercept is not None:
-        wanted.intercepts = config.parse_intercepts(given.intercept, port, resolver)
+        wanted.intercepts = values.parse_intercepts(given.intercept, port, resolver)
     if given.clients is not None:
         _needs_intercept(given, "-c")
-        wanted.client_pool = config.parse_networks(given.clients, "-c")
-        config.check_client_pool(wanted.client_pool, wanted.services)
+        wanted.client_pool = values.parse_networks(given.clients, "-c")
+        services.check_client_pool(wanted.client_pool, wanted.services)
     if given.ports is not None:
         if given.intercept is not None:
             raise UsageError("--ports has no meaning with -s", "leave one of the two out")
-        wanted.self_ports = config.parse_ports(given.ports)
-        config.check_ports(wanted.self_ports, wanted.services)
+        wanted.self_ports = values.parse_ports(given.ports)
+        services.check_ports(wanted.self_ports, wanted.services)
     if given.hook is not None:
         wanted.hook = _choice(given.hook, "--hook", ("tc", "xdp"))
     _numbers(given, wanted)
@@ -154,7 +154,7 @@ def replay_config(argv: Sequence[str], resolver: config.Resolver = config.resolv
     wanted.forwarded = given.forwarded
     wanted.fastpath = not given.no_fastpath
     if given.backlog is not None:
-        wanted.backlog_bytes = config.parse_bytes(given.backlog, "--backlog")
+        wanted.backlog_bytes = values.parse_bytes(given.backlog, "--backlog")
     wanted.lonely = given.lonely
     wanted.allow_public_target = given.allow_public_target
     if given.workers is not None:
@@ -186,17 +186,17 @@ def intercept_config(argv: Sequence[str]) -> InterceptConfig:
     if given.hook is not None:
         wanted.hook = _choice(given.hook, "--hook", ("tc", "xdp"))
     if given.bind is not None:
-        wanted.bind = config.parse_bind(given.bind)
+        wanted.bind = values.parse_bind(given.bind)
     if given.port is not None:
-        wanted.port = config.parse_int(given.port, "-p", 1, 65535, "the port")
+        wanted.port = values.parse_int(given.port, "-p", 1, 65535, "the port")
     for ranges in given.pass_nets or ():
-        wanted.pass_nets += config.parse_networks(ranges, "--pass")
+        wanted.pass_nets += values.parse_networks(ranges, "--pass")
     _process(given, wanted, "intercept")
     return wanted
 
 
 def _numbers(given: argparse.Namespace, wanted: ReplayConfig) -> None:
-    parse = config.parse_int
+    parse = values.parse_int
     if given.sample is not None:
         share = given.sample.removesuffix("%")
         wanted.sample_percent = parse(share, "-r", 1, 100, "the percentage")
@@ -216,12 +216,12 @@ def _numbers(given: argparse.Namespace, wanted: ReplayConfig) -> None:
 def _workers(text: str, most: int) -> int:
     if text == "auto":
         return min(len(os.sched_getaffinity(0)), most)
-    return config.parse_int(text, "--workers", 1, most, "the number of processes")
+    return values.parse_int(text, "--workers", 1, most, "the number of processes")
 
 
 def _process(given: argparse.Namespace, wanted: ProcessConfig, command: str) -> None:
     if given.interface is not None:
-        wanted.interfaces = config.parse_interfaces(given.interface)
+        wanted.interfaces = values.parse_interfaces(given.interface)
     wanted.filter = given.filter or ""
     wanted.daemon = given.daemon
     wanted.log_path = given.log or (f"/var/log/pycopy-{command}.log" if given.daemon else "")
@@ -229,9 +229,9 @@ def _process(given: argparse.Namespace, wanted: ProcessConfig, command: str) -> 
     wanted.json = given.json
     wanted.quiet = given.quiet
     if given.interval is not None:
-        wanted.interval_s = config.parse_interval(given.interval)
+        wanted.interval_s = values.parse_interval(given.interval)
     if given.ring is not None:
-        wanted.ring_bytes = config.parse_bytes(given.ring, "--ring")
+        wanted.ring_bytes = values.parse_bytes(given.ring, "--ring")
     if given.transport is not None:
         wanted.transport = _choice(given.transport, "--transport", ("ring", "perf"))
 
@@ -316,8 +316,8 @@ def _demo(argv: list[str]) -> int:
     families = [4, 6]
     if given.family is not None:
         families = [int(_choice(word, "--family", ("4", "6"))) for word in given.family.split(",")]
-    requests = config.parse_int(given.requests, "--requests", 1, 10**9, "requests")
-    connections = config.parse_int(given.connections, "--connections", 1, 10**9, "connections")
+    requests = values.parse_int(given.requests, "--requests", 1, 10**9, "requests")
+    connections = values.parse_int(given.connections, "--connections", 1, 10**9, "connections")
     if connections > requests:
         raise UsageError(
             f"--connections {connections} is more than --requests {requests}",
@@ -331,7 +331,7 @@ def _demo(argv: list[str]) -> int:
 def _detach(argv: list[str]) -> int:
     given, words = options.detach_parser().parse(argv)
     _no_words(words)
-    names = None if given.interface is None else config.parse_interfaces(given.interface) or None
+    names = None if given.interface is None else values.parse_interfaces(given.interface) or None
     guards.check_interfaces(names or [])
     privileges.check_privileges()
 

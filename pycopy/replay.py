@@ -14,7 +14,8 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from pycopy.command.config import ReplayConfig, describe, describe_endpoints
+from pycopy.command.config import ReplayConfig
+from pycopy.command.services import describe, describe_endpoints
 from pycopy.egress.egress import Egress
 from pycopy.errors import EXIT_FAILED, EXIT_OK, PeerError, PycopyError, UsageError, explain
 from pycopy.fastpath.driver import FastPath

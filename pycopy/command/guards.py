@@ -9,7 +9,8 @@ import ipaddress
 import socket
 from collections.abc import Iterable
 
-from pycopy.command.config import Service, endpoint
+from pycopy.command.services import Service
+from pycopy.command.values import endpoint
 from pycopy.errors import Refused, UsageError
 from pycopy.wire.address import unmap_address
 

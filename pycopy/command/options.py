@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from pycopy import __version__
-from pycopy.command.config import INTERCEPT_PORT, RESPONSE_IDLE_S, SESSION_IDLE_EXTRA_S
+from pycopy.command.config import RESPONSE_IDLE_S, SESSION_IDLE_EXTRA_S
+from pycopy.command.values import INTERCEPT_PORT
 from pycopy.errors import PycopyError, UsageError
 
 COMMANDS = {

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from pycopy.channel import Range
-from pycopy.command.config import Network
+from pycopy.command.values import Network
 from pycopy.errors import PycopyError
 from pycopy.kernel.abi import CLAIM_KEY, PASS, RELAY, SWALLOW
 from pycopy.wire.address import map_address, unmap_address

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from pycopy.command.config import INTERCEPT_PORT
+from pycopy.command.values import INTERCEPT_PORT
 from pycopy.errors import PycopyError
 from pycopy.fastpath.kernel import KernelSessions
 from pycopy.host.devices import find_devices

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from pycopy.command.config import ReplayConfig, describe
+from pycopy.command.config import ReplayConfig
+from pycopy.command.services import describe
 from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
 from pycopy.host import ports
 from pycopy.process import daemon

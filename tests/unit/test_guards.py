@@ -4,7 +4,7 @@ import ipaddress
 
 import pytest
 
-from pycopy.command import config, guards
+from pycopy.command import guards, services
 from pycopy.errors import HostUnfit, Refused, UsageError
 from pycopy.host import privileges
 from pycopy.wire.address import map_address
@@ -13,7 +13,7 @@ LOCAL = {map_address(ipaddress.ip_address(a)) for a in ("10.0.0.1", "fd00::1")}
 
 
 def check(text, allow_public=False):
-    guards.check_targets(config.parse_services(text), LOCAL, allow_public)
+    guards.check_targets(services.parse_services(text), LOCAL, allow_public)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_refusals_that_cannot_be_overruled(text, reason):
 
 def test_an_address_that_is_not_this_hosts_is_worth_a_warning():
     (warning,) = guards.foreign_sources(
-        config.parse_services("81-10.0.0.3:80,10.0.0.1:80-10.0.0.3:80,10.0.0.9:80-10.0.0.3:80"),
+        services.parse_services("81-10.0.0.3:80,10.0.0.1:80-10.0.0.3:80,10.0.0.9:80-10.0.0.3:80"),
         LOCAL,
     )
     assert "no address 10.0.0.9" in warning
@@ -66,11 +66,11 @@ def test_an_address_that_is_not_this_hosts_is_worth_a_warning():
 
 def test_one_warning_an_address_and_few_in_all():
     text = "10.0.0.8:8000-8999-10.0.0.3:80-80,10.0.0.9:80-10.0.0.3:80"
-    first, second = guards.foreign_sources(config.parse_services(text), LOCAL)
+    first, second = guards.foreign_sources(services.parse_services(text), LOCAL)
     assert "10.0.0.8:8000-10.0.0.3:80 and 999 more: this host has no address 10.0.0.8" in first
     assert "no address 10.0.0.9" in second
     text = ",".join(f"10.1.{n >> 8}.{n & 255}:80-10.0.0.3:80" for n in range(4000))
-    warnings = guards.foreign_sources(config.parse_services(text), LOCAL)
+    warnings = guards.foreign_sources(services.parse_services(text), LOCAL)
     assert len(warnings) < 10 and "3,992 more addresses" in warnings[-1]
 
 
