@@ -16,7 +16,16 @@ from typing import NoReturn
 
 from pycopy import __version__
 from pycopy.command import config, guards, options, services, values
-from pycopy.command.config import InterceptConfig, ProcessConfig, ReplayConfig
+from pycopy.command.config import (
+    BpfConfig,
+    DemoConfig,
+    DetachConfig,
+    InterceptConfig,
+    LabConfig,
+    ProcessConfig,
+    ReplayConfig,
+)
+from pycopy.command.declare import fill
 from pycopy.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -30,7 +39,6 @@ from pycopy.kernel.attach import detach_leftovers
 from pycopy.process import console, daemon
 from pycopy.workers import shares
 
-PLACEMENTS = ("self", "target", "assistant")
 _QUOTE = "quote an expression: -F 'tcp ...'"
 
 
@@ -114,62 +122,37 @@ def _dispatch(argv: list[str]) -> int:
         return int(end.code or EXIT_OK)
 
 
-def replay_config(argv: Sequence[str], resolver: values.Resolver = values.resolve) -> ReplayConfig:
+def replay_config(argv: Sequence[str]) -> ReplayConfig:
     """The configuration that the words after ``pycopy replay`` ask for."""
-    given, words = options.replay_parser().parse(argv)
-    if given.copy is not None and words:
+    given, words = options.parser("replay").parse(argv)
+    if given.services is not None and words:
         _no_words(words if given.filter else [], _QUOTE)
         raise UsageError(
             f"unexpected argument: {words[0]!r}",
             "with -x every service is in one word: -x 80-10.0.0.2:8080,81-10.0.0.2:8081",
         )
-    if given.copy is None and not words:
+    if given.services is None and not words:
         raise UsageError("-x is missing", "name what is copied: -x 80-10.0.0.2:8080")
-    wanted = ReplayConfig()
-    if given.copy is not None:
-        wanted.services = services.parse_services(given.copy, resolver)
-    else:
-        wanted.services = services.parse_old_form(words, resolver)
-    port = values.INTERCEPT_PORT
-    if given.intercept_port is not None:
-        _needs_intercept(given, "-p")
-        port = values.parse_int(given.intercept_port, "-p", 1, 65535, "the port")
-    if given.intercept is not None:
-        wanted.intercepts = values.parse_intercepts(given.intercept, port, resolver)
-    if given.clients is not None:
-        _needs_intercept(given, "-c")
-        wanted.client_pool = values.parse_networks(given.clients, "-c")
-        services.check_client_pool(wanted.client_pool, wanted.services)
-    if given.ports is not None:
-        if given.intercept is not None:
-            raise UsageError("--ports has no meaning with -s", "leave one of the two out")
-        wanted.self_ports = values.parse_ports(given.ports)
+    _check_company(given)
+    wanted = fill(ReplayConfig(), given)
+    if words:
+        wanted.services = services.parse_old_form(words)
+    if given.intercepts is not None:
+        wanted.intercepts = values.parse_intercepts(given.intercepts, wanted.intercept_port)
+    services.check_client_pool(wanted.client_pool, wanted.services)
+    if wanted.self_ports is not None:
         services.check_ports(wanted.self_ports, wanted.services)
-    if given.hook is not None:
-        wanted.hook = _choice(given.hook, "--hook", ("tc", "xdp"))
-    _numbers(given, wanted)
-    wanted.wait_for_response = not given.no_wait
-    wanted.only_full_sessions = given.full_sessions_only
-    wanted.ramp = given.ramp
-    wanted.forwarded = given.forwarded
-    wanted.fastpath = not given.no_fastpath
-    if given.backlog is not None:
-        wanted.backlog_bytes = values.parse_bytes(given.backlog, "--backlog")
-    wanted.lonely = given.lonely
-    wanted.allow_public_target = given.allow_public_target
+    if given.session_idle_s is None:
+        wanted.session_idle_s = wanted.response_idle_s + config.SESSION_IDLE_EXTRA_S
     if given.workers is not None:
-        wanted.workers = _workers(
-            given.workers, shares.MOST if wanted.intercepts else shares.MOST_ALONE
-        )
-        shares.check(wanted, memory_given=given.memory is not None)
-        wanted.ring_bytes = config.default_ring_bytes(wanted.workers)
-    _process(given, wanted, "replay")
+        _share(given, wanted)
+    _default_log(wanted, "replay")
     return wanted
 
 
 def intercept_config(argv: Sequence[str]) -> InterceptConfig:
     """The configuration that the words after ``pycopy intercept`` ask for."""
-    given, words = options.intercept_parser().parse(argv)
+    given, words = options.parser("intercept").parse(argv)
     if words and given.quiet and words[0].isdigit():
         raise UsageError(
             f"-q takes no number here: {words[0]!r}",
@@ -180,60 +163,44 @@ def intercept_config(argv: Sequence[str]) -> InterceptConfig:
         raise UsageError(
             "-F is missing", "say which responses are the target's: -F 'tcp and src port 8080'"
         )
-    wanted = InterceptConfig()
-    if given.at is not None:
-        wanted.placement = _choice(given.at, "--at", ("auto", "target", "assistant"))
-    if given.hook is not None:
-        wanted.hook = _choice(given.hook, "--hook", ("tc", "xdp"))
-    if given.bind is not None:
-        wanted.bind = values.parse_bind(given.bind)
-    if given.port is not None:
-        wanted.port = values.parse_int(given.port, "-p", 1, 65535, "the port")
-    for ranges in given.pass_nets or ():
-        wanted.pass_nets += values.parse_networks(ranges, "--pass")
-    _process(given, wanted, "intercept")
+    wanted = fill(InterceptConfig(), given)
+    _default_log(wanted, "intercept")
     return wanted
 
 
-def _numbers(given: argparse.Namespace, wanted: ReplayConfig) -> None:
-    parse = values.parse_int
-    if given.sample is not None:
-        share = given.sample.removesuffix("%")
-        wanted.sample_percent = parse(share, "-r", 1, 100, "the percentage")
-    if given.response_timeout is not None:
-        wanted.response_idle_s = parse(given.response_timeout, "-t", 1, 86400, "seconds")
-        wanted.session_idle_s = wanted.response_idle_s + config.SESSION_IDLE_EXTRA_S
-    if given.idle_timeout is not None:
-        wanted.session_idle_s = parse(given.idle_timeout, "-k", 1, 7 * 86400, "seconds")
-    if given.memory is not None:
-        wanted.memory_mb = parse(given.memory, "-m", 16, 1 << 20, "megabytes")
-    if given.max_sessions is not None:
-        wanted.max_sessions = parse(given.max_sessions, "--max-sessions", 1, 1 << 24, "sessions")
-    if given.mtu is not None:
-        wanted.mtu = parse(given.mtu, "-M", 576, 65535, "the MTU")
+def _check_company(given: argparse.Namespace) -> None:
+    """Refuse options that mean nothing with, or without, -s."""
+    for option, typed in (("-p", given.intercept_port), ("-c", given.client_pool)):
+        if typed is not None and given.intercepts is None:
+            raise UsageError(
+                f"{option} has no meaning without -s",
+                "without -s copies leave under this host's own address; add -s HOST, or leave"
+                f" {option} out",
+            )
+    if given.self_ports is not None and given.intercepts is not None:
+        raise UsageError("--ports has no meaning with -s", "leave one of the two out")
 
 
-def _workers(text: str, most: int) -> int:
-    if text == "auto":
-        return min(len(os.sched_getaffinity(0)), most)
-    return values.parse_int(text, "--workers", 1, most, "the number of processes")
+def _share(given: argparse.Namespace, wanted: ReplayConfig) -> None:
+    """Settle what --workers changes, and refuse what cannot be shared."""
+    most = shares.MOST if wanted.intercepts else shares.MOST_ALONE
+    if given.workers == "auto":
+        wanted.workers = min(len(os.sched_getaffinity(0)), most)
+    else:
+        wanted.workers = values.parse_int(
+            given.workers, "--workers", 1, most, "the number of processes"
+        )
+    if given.memory_mb is None:
+        wanted.memory_mb = max(wanted.memory_mb, config.WORKER_MEMORY_MB * wanted.workers)
+    if given.ring_bytes is None:
+        wanted.ring_bytes = config.default_ring_bytes(wanted.workers)
+    shares.check(wanted)
 
 
-def _process(given: argparse.Namespace, wanted: ProcessConfig, command: str) -> None:
-    if given.interface is not None:
-        wanted.interfaces = values.parse_interfaces(given.interface)
-    wanted.filter = given.filter or ""
-    wanted.daemon = given.daemon
-    wanted.log_path = given.log or (f"/var/log/pycopy-{command}.log" if given.daemon else "")
-    wanted.pid_path = given.pid_file or ""
-    wanted.json = given.json
-    wanted.quiet = given.quiet
-    if given.interval is not None:
-        wanted.interval_s = values.parse_interval(given.interval)
-    if given.ring is not None:
-        wanted.ring_bytes = values.parse_bytes(given.ring, "--ring")
-    if given.transport is not None:
-        wanted.transport = _choice(given.transport, "--transport", ("ring", "perf"))
+def _default_log(wanted: ProcessConfig, command: str) -> None:
+    """A daemon has no stderr that anybody reads."""
+    if wanted.daemon and not wanted.log_path:
+        wanted.log_path = config.DAEMON_LOG.format(command=command)
 
 
 def _replay(argv: list[str]) -> int:
@@ -281,12 +248,12 @@ def _run(body: Callable[[], int], wanted: ProcessConfig) -> int:
 def _lab(argv: list[str]) -> int:
     # What follows exec ROLE is another program's: none of its options are ours.
     cut = next((i + 2 for i, word in enumerate(argv) if word in ("exec", "shell")), len(argv))
-    given, words = options.lab_parser().parse(argv[:cut])
+    given, words = options.parser("lab").parse(argv[:cut])
     command = argv[cut:]
     actions = ("up", "status", "down", "exec", "shell")
     if not words:
         raise UsageError("the action is missing", f"one of: {', '.join(actions)}")
-    action = _choice(words[0], "the action", actions)
+    action = values.choose(words[0], "the action", actions)
     role = words[1] if len(words) > 1 else None
     if action in ("exec", "shell"):
         if role is None:
@@ -302,40 +269,32 @@ def _lab(argv: list[str]) -> int:
         _no_words(words[1:])
     from pycopy import lab
 
-    return lab.command(action, role, command, given.name)
+    return lab.command(action, role, command, fill(LabConfig(), given).name)
 
 
 def _demo(argv: list[str]) -> int:
-    given, words = options.demo_parser().parse(argv)
+    given, words = options.parser("demo").parse(argv)
     _no_words(words)
-    placements = list(PLACEMENTS)
-    if given.placement is not None:
-        placements = [
-            _choice(word, "--placement", PLACEMENTS) for word in given.placement.split(",")
-        ]
-    families = [4, 6]
-    if given.family is not None:
-        families = [int(_choice(word, "--family", ("4", "6"))) for word in given.family.split(",")]
-    requests = values.parse_int(given.requests, "--requests", 1, 10**9, "requests")
-    connections = values.parse_int(given.connections, "--connections", 1, 10**9, "connections")
-    if connections > requests:
+    wanted = fill(DemoConfig(), given)
+    if wanted.connections > wanted.requests:
         raise UsageError(
-            f"--connections {connections} is more than --requests {requests}",
+            f"--connections {wanted.connections} is more than --requests {wanted.requests}",
             "every connection carries at least one request",
         )
     from pycopy.lab import demo
 
-    return demo.run(placements, families, requests, connections, given.json)
+    families = [int(family) for family in wanted.families]
+    return demo.run(wanted.placements, families, wanted.requests, wanted.connections, wanted.json)
 
 
 def _detach(argv: list[str]) -> int:
-    given, words = options.detach_parser().parse(argv)
+    given, words = options.parser("detach").parse(argv)
     _no_words(words)
-    names = None if given.interface is None else values.parse_interfaces(given.interface) or None
-    guards.check_interfaces(names or [])
+    names = fill(DetachConfig(), given).interfaces
+    guards.check_interfaces(names)
     privileges.check_privileges()
 
-    removed = detach_leftovers(names)
+    removed = detach_leftovers(names or None)
     for line in removed:
         print(line)
     if not removed:
@@ -349,31 +308,15 @@ def _bpf(argv: list[str]) -> int:
     from pycopy.command import bpf
     from pycopy.kernel import objects
 
-    given, words = options.bpf_parser().parse(argv)
+    given, words = options.parser("bpf").parse(argv)
     if not words:
         raise UsageError("the action is missing", f"one of: {', '.join(bpf.ACTIONS)}")
-    action = _choice(words[0], "the action", bpf.ACTIONS)
-    names = [_choice(word, "the object", list(objects.CATALOGUE)) for word in words[1:]]
+    action = values.choose(words[0], "the action", bpf.ACTIONS)
+    names = [values.choose(word, "the object", list(objects.CATALOGUE)) for word in words[1:]]
     if action == "load":
         privileges.check_privileges()
-    return bpf.run(action, Path(given.output) if given.output else None, names)
-
-
-def _needs_intercept(given: argparse.Namespace, option: str) -> None:
-    if given.intercept is None:
-        raise UsageError(
-            f"{option} has no meaning without -s",
-            "without -s copies leave under this host's own address; add -s HOST, or leave"
-            f" {option} out",
-        )
-
-
-def _choice(word: str, option: str, choices: Sequence[str]) -> str:
-    if word not in choices:
-        near = difflib.get_close_matches(word, choices, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(choices)}"
-        raise UsageError(f"{option}: {word!r} is not known", hint)
-    return word
+    output = fill(BpfConfig(), given).output
+    return bpf.run(action, Path(output) if output else None, names)
 
 
 def _no_words(words: Sequence[str], cure: str = "leave it out") -> None:

@@ -1,13 +1,15 @@
 """The parsers of single values: from text to addresses, ports, sizes and numbers.
 
+Those that stand in the table of options (config.py) take what is typed and the option's name.
 They say what is wrong with the text (:class:`UsageError`: cause and cure), and look at nothing
 of this host but for names, by a resolver that callers may replace.
 """
 
+import difflib
 import ipaddress
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pycopy.errors import UsageError
 from pycopy.wire.address import Address, unmap_address
@@ -61,15 +63,18 @@ def parse_intercepts(
     return intercepts
 
 
-def parse_bind(text: str) -> str:
+def parse_bind(text: str, option: str) -> str:
     """``-b``: one address of this host."""
-    where = f"-b {text}"
+    where = f"{option} {text}"
     host, port = (text, None) if is_address(text) else split_endpoint(text, where)
     if not host or "," in text:
-        raise UsageError(f"{where}: not one address", "write -b 10.0.0.2, or leave -b out for all")
+        raise UsageError(
+            f"{where}: not one address",
+            f"write {option} 10.0.0.2, or leave {option} out for all",
+        )
     if port is not None:
         raise UsageError(
-            f"{where}: the address is followed by a port", f"write -b {host} -p {port}"
+            f"{where}: the address is followed by a port", f"write {option} {host} -p {port}"
         )
     return str(parse_address(host, where, "the address"))
 
@@ -81,31 +86,31 @@ def parse_networks(text: str, option: str) -> list[Network]:
     ]
 
 
-def parse_interfaces(text: str) -> list[str]:
+def parse_interfaces(text: str, option: str) -> list[str]:
     """``-i``: comma separated device names; ``any`` is the default choice."""
-    names = items(text, "-i", "write eth0, or eth0,eth1")
+    names = items(text, option, "write eth0, or eth0,eth1")
     for name in names:
         # The kernel's own rule, dev_valid_name().
         if len(name.encode()) > 15 or "/" in name or name in (".", "..") or ":" in name:
             raise UsageError(
-                f"-i {name}: no device can have this name", "'ip -br link' lists the devices"
+                f"{option} {name}: no device can have this name", "'ip -br link' lists the devices"
             )
     return [] if names == ["any"] else list(dict.fromkeys(names))
 
 
-def parse_ports(text: str) -> tuple[int, int]:
+def parse_ports(text: str, option: str) -> tuple[int, int]:
     """``--ports A-B``, inclusive."""
     low, dash, high = text.partition("-")
-    where = f"--ports {text}"
+    where = f"{option} {text}"
     if not dash:
-        raise UsageError(f"{where}: not a range", "write A-B, for example --ports 20000-29999")
+        raise UsageError(f"{where}: not a range", f"write A-B, for example {option} 20000-29999")
     ports = parse_port(low, where, "the first"), parse_port(high, where, "the last")
     if ports[0] > ports[1]:
-        raise UsageError(f"{where}: the range is empty", f"write --ports {high}-{low}")
+        raise UsageError(f"{where}: the range is empty", f"write {option} {high}-{low}")
     if ports[0] < FIRST_USER_PORT:
         raise UsageError(
             f"{where}: ports below {FIRST_USER_PORT} are for services",
-            "write A-B, for example --ports 20000-29999",
+            f"write A-B, for example {option} 20000-29999",
         )
     return ports
 
@@ -131,16 +136,57 @@ def parse_int(text: str, option: str, low: int, high: int, what: str) -> int:
     return number
 
 
-def parse_interval(text: str) -> float:
+def parse_interval(text: str, option: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 0.1 <= seconds <= 86400:
         raise UsageError(
-            f"--interval {text}: not a number of seconds from 0.1 to 86400", "write --interval 10"
+            f"{option} {text}: not a number of seconds from 0.1 to 86400", f"write {option} 10"
         )
     return seconds
+
+
+def parse_percent(text: str, option: str) -> int:
+    """``-r``: ``10`` or ``10%``."""
+    return parse_int(text.removesuffix("%"), option, 1, 100, "the percentage")
+
+
+def whole(low: int, high: int, what: str) -> Callable[[str, str], int]:
+    """The parser of a whole number in a range, inclusive."""
+    return lambda text, option: parse_int(text, option, low, high, what)
+
+
+def choose(word: str, option: str, choices: Sequence[str]) -> str:
+    """``word``, which must be one of ``choices``; ``option``: for the sentence about it."""
+    if word not in choices:
+        near = difflib.get_close_matches(word, choices, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(choices)}"
+        raise UsageError(f"{option}: {word!r} is not known", hint)
+    return word
+
+
+def one_of(*choices: str) -> Callable[[str, str], str]:
+    """The parser of one word of a few."""
+    return lambda text, option: choose(text, option, choices)
+
+
+def some_of(*choices: str) -> Callable[[str, str], list[str]]:
+    """The parser of words of a few, comma separated."""
+    return lambda text, option: [choose(word, option, choices) for word in text.split(",")]
+
+
+def as_typed(text: str, option: str) -> str:
+    return text
+
+
+def size_text(size_bytes: int) -> str:
+    """As :func:`parse_bytes` reads it: ``64M``. ``size_bytes``: a power of two, 1K or more."""
+    for unit, shift in (("G", 30), ("M", 20)):
+        if size_bytes >= 1 << shift:
+            return f"{size_bytes >> shift}{unit}"
+    return f"{size_bytes >> 10}K"
 
 
 def items(text: str, option: str, form: str) -> list[str]:

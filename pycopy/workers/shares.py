@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
-from pycopy.command.config import ReplayConfig
+from pycopy.command.config import WORKER_MEMORY_MB, ReplayConfig
 from pycopy.errors import UsageError
 from pycopy.report.picture import BALANCED, Snapshot, Value
 from pycopy.session.addresses import worker_of
@@ -20,9 +20,6 @@ MOST = 64
 #: In the zero-route mode each worker has two programs on a device, and a TCX hook has room for
 #: 64 (BPF_MPROG_MAX); some are left for others.
 MOST_ALONE = 30
-
-#: Without -m a worker may have so much, with it no less: it needs half of that by itself.
-MEMORY_MB = 64
 
 _PORT_AT = 32  #: of the client's in KEY, 2 bytes
 
@@ -39,8 +36,8 @@ class Own:
         return bool(self._ports[key[_PORT_AT] << 8 | key[_PORT_AT + 1]])
 
 
-def check(config: ReplayConfig, memory_given: bool) -> None:
-    """Refuse what cannot be shared by so many; settle how much memory they have together."""
+def check(config: ReplayConfig) -> None:
+    """Refuse what cannot be shared by so many."""
     workers = config.workers
     if workers == 1:
         return
@@ -54,12 +51,11 @@ def check(config: ReplayConfig, memory_given: bool) -> None:
             f"--max-sessions {config.max_sessions} leaves none of {workers} workers a session",
             f"write --max-sessions {workers} or more",
         )
-    if not memory_given:
-        config.memory_mb = max(config.memory_mb, MEMORY_MB * workers)
-    if config.memory_mb < MEMORY_MB * workers:
+    if config.memory_mb < WORKER_MEMORY_MB * workers:
         raise UsageError(
-            f"-m {config.memory_mb} is less than {MEMORY_MB} MB for each of {workers} workers",
-            f"write -m {MEMORY_MB * workers}, or fewer workers",
+            f"-m {config.memory_mb} is less than {WORKER_MEMORY_MB} MB for each of {workers}"
+            " workers",
+            f"write -m {WORKER_MEMORY_MB * workers}, or fewer workers",
         )
 
 

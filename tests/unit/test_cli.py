@@ -10,19 +10,11 @@ import pytest
 
 from pycopy import cli
 from pycopy.command import options
-from pycopy.command.config import default_ring_bytes
+from pycopy.command.config import InterceptConfig, ReplayConfig, default_ring_bytes
 from pycopy.errors import UsageError
 from pycopy.wire.address import map_address
 
 COMMANDS = list(options.COMMANDS)
-PARSERS = {
-    "replay": options.replay_parser,
-    "intercept": options.intercept_parser,
-    "lab": options.lab_parser,
-    "demo": options.demo_parser,
-    "detach": options.detach_parser,
-    "bpf": options.bpf_parser,
-}
 
 
 def pycopy(*argv, **run_options):
@@ -158,7 +150,7 @@ def test_replay_usage_errors(line, cause, cure):
     assert cure in caught.value.cure
 
 
-@pytest.mark.parametrize("letter", options.REPLAY_REFUSED)
+@pytest.mark.parametrize("letter", [row.letter for row in ReplayConfig.refused])
 def test_letters_of_tcpcopy_that_are_not_taken_say_why(letter):
     for words in ([letter], [letter, "7"], [letter + "7"]):
         with pytest.raises(UsageError) as caught:
@@ -167,29 +159,12 @@ def test_letters_of_tcpcopy_that_are_not_taken_say_why(letter):
         assert caught.value.cure
 
 
-@pytest.mark.parametrize("letter", options.INTERCEPT_REFUSED)
+@pytest.mark.parametrize("letter", [row.letter for row in InterceptConfig.refused])
 def test_letters_of_intercept_that_are_not_taken_say_why(letter):
     with pytest.raises(UsageError) as caught:
         cli.intercept_config(["-F", "tcp", letter, "7"])
     assert caught.value.cause.startswith(f"{letter} (")
     assert caught.value.cure
-
-
-def test_no_letter_of_the_originals_is_unknown():
-    # From their getopt strings.
-    for parser, letters in (
-        (options.replay_parser(), "xspcHnfrgmMDRUCtklPOWLdhviFBSoaIT"),
-        (options.intercept_parser(), "FipbsnDcxqlPdhv"),  # and t, which does nothing there
-    ):
-        for letter in letters:
-            assert f"-{letter}" in parser._option_string_actions
-
-
-def test_every_letter_has_a_long_name():
-    for parser in (options.replay_parser(), options.intercept_parser()):
-        for action in parser._actions:
-            if not isinstance(action, options._Refuse):
-                assert any(name.startswith("--") for name in action.option_strings)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +197,7 @@ def test_help_is_complete_and_fits_a_terminal():
             shown = set(re.findall(r"--[a-z-]+", done.stdout))
             known = {
                 name
-                for action in PARSERS[command]()._actions
+                for action in options.parser(command)._actions
                 for name in action.option_strings
                 if name.startswith("--")
             }

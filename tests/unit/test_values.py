@@ -52,11 +52,11 @@ def test_no_text_escapes_as_anything_but_a_usage_error(text):
         lambda: values.parse_intercepts(text, resolver=unresolvable),
         lambda: values.parse_networks(text, "-c"),
         lambda: services.parse_old_form(text.split() or [""], unresolvable),
-        lambda: values.parse_interfaces(text),
-        lambda: values.parse_ports(text),
+        lambda: values.parse_interfaces(text, "-i"),
+        lambda: values.parse_ports(text, "--ports"),
         lambda: values.parse_bytes(text, "--ring"),
         lambda: values.parse_int(text, "-m", 1, 9, "it"),
-        lambda: values.parse_interval(text),
+        lambda: values.parse_interval(text, "--interval"),
     ):
         try:
             parse()
@@ -93,13 +93,13 @@ def test_client_ranges():
 
 
 def test_small_parsers():
-    assert values.parse_interfaces("eth0,eth1,eth0") == ["eth0", "eth1"]
-    assert values.parse_interfaces("any") == []
-    assert values.parse_ports("20000-29999") == (20000, 29999)
+    assert values.parse_interfaces("eth0,eth1,eth0", "-i") == ["eth0", "eth1"]
+    assert values.parse_interfaces("any", "-i") == []
+    assert values.parse_ports("20000-29999", "--ports") == (20000, 29999)
     assert values.parse_bytes("16M", "--ring") == 16 << 20
     assert values.parse_bytes("65537", "--ring") == 128 << 10
     assert values.parse_bytes("512KiB", "--ring") == 512 << 10
-    assert values.parse_interval("0.5") == 0.5
+    assert values.parse_interval("0.5", "--interval") == 0.5
     for parse, bad in (
         (values.parse_interfaces, "a/b"),
         (values.parse_interfaces, "sixteen-letters-x"),
@@ -107,16 +107,27 @@ def test_small_parsers():
         (values.parse_ports, "1"),
         (values.parse_interval, "nan"),
         (values.parse_interval, "0"),
-        (lambda text: values.parse_bytes(text, "--ring"), "1K"),
-        (lambda text: values.parse_bytes(text, "--ring"), "2G"),
+        (values.parse_bytes, "1K"),
+        (values.parse_bytes, "2G"),
+        (values.parse_percent, "0"),
+        (values.parse_percent, "10%%"),
+        (values.whole(1, 9, "it"), "10"),
+        (values.one_of("tc", "xdp"), "TC"),
+        (values.some_of("4", "6"), "4,"),
     ):
-        with pytest.raises(UsageError):
-            parse(bad)
+        with pytest.raises(UsageError) as caught:
+            parse(bad, "--option")
+        assert caught.value.cause.startswith("--option")
+
+
+@pytest.mark.parametrize("text", ["64K", "512K", "1M", "64M", "128M", "1G"])
+def test_sizes_are_shown_as_they_are_typed(text):
+    assert values.size_text(values.parse_bytes(text, "--ring")) == text
 
 
 @pytest.mark.parametrize("text", ["10.0.0.2", "fd00::2", "[fd00::2]"])
 def test_bind(text):
-    assert values.parse_bind(text) == text.strip("[]")
+    assert values.parse_bind(text, "-b") == text.strip("[]")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +143,7 @@ def test_bind(text):
 )
 def test_bind_errors_name_b(text, cause, cure):
     with pytest.raises(UsageError) as caught:
-        values.parse_bind(text)
+        values.parse_bind(text, "-b")
     assert caught.value.cause.startswith(f"-b {text}: ")
     assert cause in caught.value.cause
     assert cure in caught.value.cure
