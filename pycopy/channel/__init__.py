@@ -6,10 +6,9 @@ stream.py what both stand on.
 
 from pycopy.channel.client import Count, InterceptClient
 from pycopy.channel.codec import Hello, Placement, ProtocolError, Range, Refuse, Relaying, Welcome
-from pycopy.channel.server import DEFAULT_PORT, ChannelServer, Fate, Refusal, Visit
+from pycopy.channel.server import ChannelServer, Fate, Refusal, Visit
 
 __all__ = [
-    "DEFAULT_PORT",
     "ChannelServer",
     "Count",
     "Fate",

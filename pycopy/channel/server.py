@@ -39,7 +39,6 @@ from pycopy.kernel.abi import ABI_VERSION
 from pycopy.process.loop import NEVER_NS, READ, Loop
 from pycopy.wire.segment import SEGMENT_BYTES
 
-DEFAULT_PORT = 36524
 MAX_REPLAYS = 64
 #: Connections that have not said HELLO yet; the oldest makes room for a newcomer.
 MAX_STRANGERS = 64

@@ -8,12 +8,13 @@ import mmap
 import os
 from collections.abc import Mapping
 
+from pycopy.command.config import BACKLOG_BYTES
 from pycopy.kernel import abi, shapes, syscall
 from pycopy.kernel.abi import Constant
 from pycopy.kernel.module import Map, lift_memory_limit, map_refused
 
 #: What all logs of sent segments take together unless said otherwise, and one at least.
-LOG_TOTAL_BYTES = 64 << 20
+LOG_TOTAL_BYTES = BACKLOG_BYTES
 LOG_MIN_BYTES = 1 << 20
 
 #: Sessions that the kernel keeps at a time, those in TIME_WAIT among them.

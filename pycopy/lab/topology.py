@@ -22,13 +22,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, Self
 
+from pycopy.command.config import LAB_NAME
 from pycopy.errors import HostUnfit, PycopyError, UsageError
 from pycopy.host import privileges
 
 from . import offloads as _offloads
 from . import processes, sysctls
 
-DEFAULT_NAME = "pycopy-lab"
 ROLES = ("client", "online", "target", "assistant")
 EXTRA_ROLES = ("online2",)
 SWITCH = "switch"
@@ -88,7 +88,7 @@ class Lab:
 
     def __init__(
         self,
-        name: str = DEFAULT_NAME,
+        name: str = LAB_NAME,
         *,
         extra: Sequence[str] = (),
         mtu: int = 1500,
@@ -147,7 +147,7 @@ class Lab:
 
     def command(self, action: str) -> str:
         """What a user types to do ``action`` to this lab and no other."""
-        name = "" if self.name == DEFAULT_NAME else f" --name {self.name}"
+        name = "" if self.name == LAB_NAME else f" --name {self.name}"
         return f"pycopy lab{name} {action}"
 
     def is_here(self) -> bool:

@@ -35,7 +35,7 @@ class View:
     def __init__(
         self,
         snapshot: Callable[[], Snapshot],
-        interval_s: float = 10.0,
+        interval_s: float,
         quiet: bool = False,
         json: bool = False,
         title: str = "pycopy",

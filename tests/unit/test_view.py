@@ -74,7 +74,7 @@ def collect(stderr_is_terminal, *arguments, enough, **environment):
 
 
 def test_summary_text():
-    text = View(lambda: SNAPSHOT).text()
+    text = View(lambda: SNAPSHOT, 10.0).text()
     assert [line.split() for line in text.splitlines()] == [
         ["segments:"],
         ["captured", "1009"],
@@ -122,7 +122,7 @@ def test_interval_text_without_familiar_names():
 
 
 def test_json_summary_is_one_line_and_complete():
-    line = View(lambda: SNAPSHOT, json=True).text()
+    line = View(lambda: SNAPSHOT, 10.0, json=True).text()
     assert line.endswith("\n")
     assert line.count("\n") == 1
     document = json.loads(line)
