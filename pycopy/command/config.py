@@ -50,6 +50,8 @@ BACKLOG_BYTES = 64 << 20
 DAEMON_LOG = "/var/log/pycopy-{command}.log"
 
 LAB_NAME = "pycopy-lab"
+_PLACEMENTS = ("self", "target", "assistant")
+_FAMILIES = ("4", "6")
 
 _NOT_YET = "this release does not have it"
 _OFFLINE = "replaying a pcap file is not in this release; -i takes network devices"
@@ -275,12 +277,11 @@ class DemoConfig(Configuration):
     """``pycopy demo``."""
 
     placements: list[str] = option(
-        "--placement PLACES", ["self", "target", "assistant"],
-        some_of("self", "target", "assistant"), Group.ALONE,
-        "self, target, assistant, comma separated (all)")
+        "--placement PLACES", [*_PLACEMENTS], some_of(*_PLACEMENTS), Group.ALONE,
+        f"{', '.join(_PLACEMENTS)}, comma separated (all)")
     families: list[str] = option(
-        "--family FAMILIES", ["4", "6"], some_of("4", "6"), Group.ALONE,
-        "4, 6, comma separated (both)")
+        "--family FAMILIES", [*_FAMILIES], some_of(*_FAMILIES), Group.ALONE,
+        f"{', '.join(_FAMILIES)}, comma separated (both)")
     requests: int = option(
         "--requests N", 10_007, whole(1, 10**9, "requests"), Group.ALONE,
         "for each row ({default})")

@@ -6,7 +6,8 @@
 So a configuration is the table of its command's options, and its fields keep their static types:
 the type checker holds default and parser to them. What may be typed, ``--help``, the defaults and
 the page beside the original's letters are read from it (:func:`options_of`), as a man page or a
-completion can be. Nothing here knows an option.
+completion can be. Nothing here knows an option. Tests: tests/unit/test_declare.py; of the tables
+themselves tests/unit/test_config.py.
 """
 
 import argparse
@@ -61,10 +62,18 @@ class Option:
         return self.letter or self.long
 
     def help_text(self, command: str) -> str:
-        return self.help.format(default=self._default_text(), command=command)
+        """What ``--help`` of ``pycopy command`` says beside it."""
+        return self.help.format(default=self.default_text(), command=command)
+
+    def default_text(self) -> str:
+        """The default as it would be typed."""
+        if self.field.endswith("_bytes") and isinstance(self.default, int):
+            return size_text(self.default)
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
     def read(self, typed: Any) -> object:
-        """The field's value. ``typed``: the text, or if the option is repeated all texts."""
+        """The field's value. ``typed``: True for a flag, the text, or if the option is repeated
+        all texts. :class:`UsageError` if the text is no such value."""
         if not self.metavar:
             return not self.default
         assert self.parse is not None
@@ -72,11 +81,6 @@ class Option:
             lists: list[Any] = [self.parse(text, self.name) for text in typed]
             return [item for items in lists for item in items]
         return self.parse(typed, self.name)
-
-    def _default_text(self) -> str:
-        if self.field.endswith("_bytes") and isinstance(self.default, int):
-            return size_text(self.default)
-        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
 
 @dataclass

@@ -127,6 +127,7 @@ def parse_bytes(text: str, option: str) -> int:
 
 
 def parse_int(text: str, option: str, low: int, high: int, what: str) -> int:
+    """A whole number in a range, inclusive. ``what``: the sentence's subject if it is none."""
     number = int(text) if re.fullmatch(r"[0-9]{1,10}", text) else -1
     if not low <= number <= high:
         raise UsageError(
@@ -137,6 +138,7 @@ def parse_int(text: str, option: str, low: int, high: int, what: str) -> int:
 
 
 def parse_interval(text: str, option: str) -> float:
+    """Seconds, a tenth to a day."""
     try:
         seconds = float(text)
     except ValueError:
@@ -178,6 +180,7 @@ def some_of(*choices: str) -> Callable[[str, str], list[str]]:
 
 
 def as_typed(text: str, option: str) -> str:
+    """Any text: what is wrong with it is found by whoever uses it."""
     return text
 
 

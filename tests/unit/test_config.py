@@ -55,12 +55,12 @@ def test_no_default_is_written_twice(command, row):
     shown = row.help_text(command)
     computed = row.default == config.default_ring_bytes()  # from this host's memory
     if row.metavar and row.default and isinstance(row.default, int | float) and not computed:
-        assert not re.search(rf"\b{row._default_text()}\b", row.help)
+        assert not re.search(rf"\b{row.default_text()}\b", row.help)
     elif row.metavar and isinstance(row.default, str) and row.default:
         assert f"({row.default})" not in row.help
         assert f"{row.default} (default)" not in row.help
     if "{default}" in row.help:
-        assert row._default_text() in shown
+        assert row.default_text() in shown
     assert not set(shown) & set("{}")
 
 
@@ -69,7 +69,7 @@ def test_a_default_can_be_typed():
     for parameter in ROWS:
         name, row = parameter.values
         if "{default}" in row.help and row.parse is not None:
-            assert row.read(row._default_text()) == row.default, (name, row)
+            assert row.read(row.default_text()) == row.default, (name, row)
 
 
 def test_the_page_is_as_the_tables_are():

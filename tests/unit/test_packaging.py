@@ -130,6 +130,14 @@ def test_the_command_line_imports_nothing_heavy():
     assert not set(done.stdout.split()) & {"bcc", "rich", "pyroute2", "scapy", "asyncio"}, done
 
 
+def test_what_may_be_typed_knows_no_driver():
+    drivers = ("replay", "intercept", "workers", "lab", "cli")
+    for name in MODULES:
+        if name.startswith("pycopy.command."):
+            rooms = {each.split(".")[1] for each in imports_of(name) if each.startswith("pycopy.")}
+            assert not rooms.intersection(drivers), name
+
+
 def test_the_session_engine_reaches_no_io():
     todo = [name for name in MODULES if name.split(".")[:2] == ["pycopy", "session"]]
     assert todo
