@@ -102,8 +102,7 @@ class Intercept:
         )
         self._stack.callback(self._server.close, 0.0)
         others = {signal.SIGHUP: daemon.hang_up(self._end), signal.SIGUSR1: self.view.summary}
-        signals = Signals(self._loop, self._end, others)
-        signals.at_once = True
+        signals = Signals(self._loop, self._end, others, starting=True)
         self._stack.callback(signals.close)
         _log(f"this is the {self._place.name.lower()}: {why}")
         self._watch_devices()
@@ -121,7 +120,7 @@ class Intercept:
         for tap in self._taps:
             self._put_to_use(tap)
         self._heartbeat.begin()
-        signals.at_once = False  # who reads "ready" may end it in order
+        signals.started()
         console.say(f"ready: waiting for replays on port {self._server.port}")
         daemon.ready()
         self.view.start()

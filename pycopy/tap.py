@@ -9,6 +9,7 @@ Tests: tests/bpf/test_live.py
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from enum import IntEnum
 from typing import NamedTuple, Protocol, TypeVar
 
 from pycopy.host.devices import Device
@@ -109,6 +110,12 @@ class Tap:
         self.detach()
         self.ring.close()
         self.module.close()
+
+
+def sum_counters(taps: Iterable[Tap], counts: type[IntEnum]) -> list[int]:
+    """All counters of several programs of one kind, which are numbered by ``counts``."""
+    each = [tap.counters(len(counts)) for tap in taps]
+    return [sum(values) for values in zip(*each, strict=True)] or [0] * len(counts)
 
 
 class Kept(Protocol):

@@ -79,6 +79,7 @@ class InterceptClient:
 
     ``on_connected`` is called at once when :attr:`connected` changes: while it is not, nobody
     swallows responses. ``on_bye``: the intercept is about to leave; until it returns, they are.
+    ``on_relaying``: what the intercept says of datagrams, first of all before ``on_connected``.
     ``on_taken``: these of the sessions that were claimed are another replay's.
     """
 
@@ -92,7 +93,7 @@ class InterceptClient:
         on_state: Callable[[str], None],
         on_connected: Callable[["InterceptClient"], None] = lambda client: None,
         on_bye: Callable[[], None] = lambda: None,
-        on_relaying: Callable[[], None] = lambda: None,
+        on_relaying: Callable[["InterceptClient", Relaying], None] = lambda client, relaying: None,
         on_taken: Callable[[tuple[bytes, ...]], None] = lambda keys: None,
         live_claims: Callable[[], Iterable[bytes]] = tuple,
     ) -> None:
@@ -124,9 +125,6 @@ class InterceptClient:
         self._refusal = ""
         #: Which process it is, whatever address it was reached at; 0 before the first greeting.
         self.instance = 0
-        #: What the intercept says of datagrams, and what we have said.
-        self.relaying = Relaying.OFF
-        self._wanted = Relaying.OFF
         self.counts = [0] * len(Count)
 
     @property
@@ -210,13 +208,11 @@ class InterceptClient:
         else:
             stream.flush()
 
-    def want_relay(self, wanted: Relaying) -> None:
-        """Say, if it is new, whether our responses are to come as datagrams."""
-        if wanted is self._wanted or self._stream is None or not self.connected:
-            return
-        self._wanted = wanted
-        self._stream.send(Relay(wanted).encode())
-        self._stream.flush()
+    def tell_relaying(self, wanted: Relaying) -> None:
+        """Say whether our responses are to come as datagrams."""
+        if self._stream is not None and self.connected:
+            self._stream.send(Relay(wanted).encode())
+            self._stream.flush()
 
     # --- timers ---
 
@@ -256,8 +252,7 @@ class InterceptClient:
         elif isinstance(frame, Taken):
             self._on_taken(frame.keys)
         elif isinstance(frame, Relay):
-            self.relaying = frame.relaying
-            self._on_relaying()
+            self._on_relaying(self, frame.relaying)
         elif isinstance(frame, Welcome):
             self._welcomed(stream, frame)
         elif isinstance(frame, Refuse):
@@ -293,7 +288,6 @@ class InterceptClient:
         self._state = State.READY
         self._retry_ns = _FIRST_RETRY_NS
         self.instance = welcome.instance
-        self.relaying = welcome.relaying
         stream.greeting_over(codec.FROM_INTERCEPT)
         if self._said:
             self.counts[Count.RECONNECTS] += 1
@@ -302,6 +296,7 @@ class InterceptClient:
         self._changes = dict.fromkeys(self._live_claims(), True) if not self._hello.ranges else {}
         self.flush()
         if self.connected:
+            self._on_relaying(self, welcome.relaying)
             self._on_connected(self)
 
     # --- connecting ---
@@ -388,7 +383,6 @@ class InterceptClient:
         self._drop_socket()
         was_connected = self.connected
         self._state = State.WAITING
-        self.relaying = self._wanted = Relaying.OFF
         if was_connected:
             self._on_connected(self)
         self._until_ns = time.monotonic_ns() + self._retry_ns

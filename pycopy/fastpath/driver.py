@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 from pycopy.command.config import ReplayConfig
 from pycopy.egress.egress import Egress
-from pycopy.fastpath.handover import Keeper, Logged, adopt
+from pycopy.fastpath.handover import Logged, adopt
 from pycopy.fastpath.kernel import KernelSessions, active
 from pycopy.host.nexthop import Hop, NextHops
 from pycopy.kernel.abi import FastCount, KernelSession, Left
 from pycopy.report.ledger import Ledger
-from pycopy.session.addresses import Network
 from pycopy.session.fates import Count, Fate, ResponseFate
-from pycopy.session.rules import MS, SECOND, Rules
+from pycopy.session.rules import MS, SECOND
 from pycopy.session.states import Outcome
 from pycopy.session.table import Table
 from pycopy.wire.address import family_of
@@ -83,12 +82,18 @@ def add_to(ledger: Ledger, grown: Sequence[int]) -> None:
 
 
 class FastPath:
-    """One run's. Make it, load the programs with ``kernel``, then :meth:`start`."""
+    """One run's, over a ``kernel`` that is not loaded yet, and which is the caller's to close.
 
-    def __init__(self, config: ReplayConfig) -> None:
-        self.kernel = KernelSessions(
-            len(config.services), config.max_sessions, config.backlog_bytes
-        )
+    ``families``: of which IP versions responses can come to the kernel at all;
+    ``why_not_relayed``: why they do not now. Raises PycopyError.
+    """
+
+    def __init__(
+        self, config: ReplayConfig, kernel: KernelSessions, table: Table, ledger: Ledger,
+        hops: NextHops, egress: Egress, families: frozenset[int], why_not_relayed: str,
+    ) -> None:  # fmt: skip
+        self._kernel, self._table, self._ledger = kernel, table, ledger
+        self._hops, self._egress = hops, egress
         #: By target: the services that go there, each with its port, and what the programs were
         #: told of the way; they share it.
         self._services_of: dict[bytes, list[tuple[int, int]]] = {}
@@ -98,68 +103,51 @@ class FastPath:
         self._told: dict[bytes, tuple[object, ...]] = {}
         #: Sampling is user space's: the kernel opens nothing then.
         self._samples = config.sample_percent < 100 or config.ramp
-        self._closed = False
-        self._cut_off = False
-        #: Why responses do not come straight to the kernel; empty: they do.
-        self._why_not_relayed = ""
-        #: Of which families the responses come to the kernel.
-        self._families = frozenset({4, 6})
-        self._sweep_at = 0
-        self._seen: list[int] = self.kernel.counters()
-        self.deadline_ns = 0
-
-    def start(
-        self, table: Table, rules: Rules, ledger: Ledger, hops: NextHops, egress: Egress
-    ) -> None:
-        """Everything is resolved, nothing attached yet."""
-        self._table, self._ledger, self._hops, self._egress = table, ledger, hops, egress
-        self.kernel.configure(rules)
-        self._tell()
-        self.on_hop_change()
-        self.kernel.load(14)
-        table.keeper = Keeper(self.kernel)
-
-    def use_ports(self, ports: Sequence[int]) -> None:
-        self.kernel.use_ports(list(ports))
-
-    def use_pool(self, networks: Sequence[Network]) -> None:
-        self.kernel.use_pool(networks)
-
-    def use_families(self, families: frozenset[int]) -> None:
-        """Keep sessions towards targets of these only."""
+        self._refusing = False
+        self._silenced = False
+        self._why_not_relayed = why_not_relayed
         self._families = families
-        self._tell()
+        self._sweep_at = 0
+        self._seen: list[int] = kernel.counters()
+        self.deadline_ns = 0
+        kernel.configure(table.rules)
+        self._tell_relayed()
         self.on_hop_change()
+        kernel.load(14)
 
-    def set_closed(self, closed: bool) -> None:
-        """Whether sessions may be opened now."""
-        self._closed = closed
-        self._tell()
+    def refuse(self, refusing: bool) -> None:
+        """Whether no sessions may be opened now."""
+        self._refusing = refusing
+        self._close_if_need_be()
 
     def set_relayed(self, why_not: str) -> None:
         """Why responses do not come straight to the kernel, where a session is better off here;
         empty: they do."""
         self._why_not_relayed = why_not
-        self._tell()
+        self._tell_relayed()
 
-    def _tell(self) -> None:
-        self.kernel.accepts = frozenset() if self._why_not_relayed else self._families
+    def _tell_relayed(self) -> None:
+        self._kernel.accept(frozenset() if self._why_not_relayed else self._families)
+        self._close_if_need_be()
+
+    def _close_if_need_be(self) -> None:
+        """At once; it is opened again only when all is read."""
         if self.why_closed:
-            self.kernel.set_closed(True)
+            self._kernel.set_closed(True)
 
     @property
     def why_closed(self) -> str:
         """Why the kernel opens no session now; empty: it does."""
         if self._samples:
             return "-r and -g choose clients in user space"
-        if self._closed:
+        if self._refusing:
             return "no session may be opened now"
         return self._why_not_relayed
 
-    def set_cut_off(self, cut_off: bool) -> None:
-        """Whether nothing may be sent, since its answer could reach a real client."""
-        if cut_off != self._cut_off:
-            self._cut_off = cut_off
+    def set_silenced(self, silenced: bool) -> None:
+        """Whether nothing may be sent, since its response could reach a real client."""
+        if silenced != self._silenced:
+            self._silenced = silenced
             self.on_hop_change()
 
     def on_hop_change(self, changed: Hop | None = None) -> None:
@@ -174,20 +162,20 @@ class FastPath:
         """Thousands of services may go there: only what is new is written."""
         target = hop.destination
         family, mss = family_of(target), self._egress.path_mss(target)
-        allowed = family in self._families and not self._cut_off
+        allowed = family in self._families and not self._silenced
         way = (hop.ifindex, hop.usable, hop.l2, hop.source, mss, allowed)
         if self._told.get(target) == way:
             return
         for index, port in self._services_of[target]:
-            self.kernel.set_hop(index, hop, family, port, mss, allowed)
+            self._kernel.set_hop(index, hop, family, port, mss, allowed)
         self._told[target] = way
 
     def on_timer(self, now_ns: int) -> None:
         """Let time pass for the kernel's sessions, and take over what needs judgement."""
         if now_ns >= self._sweep_at:
             self._sweep_at = now_ns + SWEEP_NS
-            self.kernel.sweep()
-        self._adopt(self.kernel.on_timer(), now_ns)
+            self._kernel.sweep()
+        self._adopt(self._kernel.on_timer(), now_ns)
         self.deadline_ns = now_ns + self._pause_ns()
 
     def _adopt(self, found: Iterable[tuple[KernelSession, list[Logged]]], now_ns: int) -> None:
@@ -195,20 +183,24 @@ class FastPath:
         table.adopt_all([adopt(table, *each, now_ns) for each in found], now_ns)
 
     def _pause_ns(self) -> int:
-        if self.kernel.holding:
+        if self._kernel.holding:
             return HOLDING_NS
-        return TICK_NS if self.kernel.pending else REST_NS
+        return TICK_NS if self._kernel.pending else REST_NS
 
     def after_turn(self, is_unread: Callable[[], bool]) -> None:
         """Nothing captured is unread, nothing is unsent."""
         self._table.give_back()
         # Not earlier: a SYN that is unread must not be overtaken by the next one.
-        self.kernel.set_closed(bool(self.why_closed))
-        self.kernel.forget_disowned(is_unread)
+        self._kernel.set_closed(bool(self.why_closed))
+        self._kernel.forget_disowned(is_unread)
+
+    def forget_released(self) -> None:
+        """Once a second: swallow late segments no longer of what was over before the last call."""
+        self._kernel.forget_released()
 
     def refresh(self) -> None:
         """Bring the ledger up to date."""
-        ledger, now = self._ledger, self.kernel.counters()
+        ledger, now = self._ledger, self._kernel.counters()
         grown = [new - old for new, old in zip(now, self._seen, strict=True)]
         self._seen = now
         add_to(ledger, grown)
@@ -235,8 +227,5 @@ class FastPath:
 
     def stop(self, now_ns: int) -> None:
         """Every session is user space's from here on: the run ends, or they must."""
-        self.kernel.set_closed(True)
-        self._adopt(self.kernel.fetch_all(), now_ns)
-
-    def close(self) -> None:
-        self.kernel.close()
+        self._kernel.set_closed(True)
+        self._adopt(self._kernel.fetch_all(), now_ns)

@@ -55,6 +55,8 @@ class Kernel(Protocol):
 
     def claim(self, target_key: bytes, over_lingering: bool = False) -> bool: ...
 
+    def release(self, target_key: bytes) -> None: ...
+
     def own_online(self, online_key: bytes) -> None: ...
 
     def disown_online(self, online_key: bytes) -> None: ...
@@ -84,6 +86,9 @@ class Keeper:
 
     def claim(self, target_key: bytes, over_lingering: bool = False) -> bool:
         return self._kernel.claim(target_key, over_lingering)
+
+    def release(self, target_key: bytes) -> None:
+        self._kernel.release(target_key)
 
     def own_online(self, online_key: bytes) -> None:
         self._kernel.own_online(online_key)

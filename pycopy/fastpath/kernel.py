@@ -19,6 +19,7 @@ from pycopy.kernel import abi, objects, syscall
 from pycopy.kernel.abi import FastCount, KernelSession, LogRecord
 from pycopy.kernel.module import Module
 from pycopy.session.addresses import Network, first_host, usable_hosts
+from pycopy.session.leaving import Leaving
 from pycopy.session.rules import Rules
 from pycopy.wire.address import map_address
 from pycopy.wire.segment import KEY
@@ -56,10 +57,9 @@ class KernelSessions:
         #: Connections online whose session is over, still entered as user space's own.
         self._disowned: dict[bytes, None] = {}
         #: Keys towards the target of sessions that are over: swallowed for a while yet.
-        self._leaving: list[bytes] = []
-        self._gone: list[bytes] = []
+        self._leaving = Leaving()
         #: Of which families it takes sessions back.
-        self.accepts = frozenset({4, 6})
+        self._accepted = frozenset({4, 6})
         #: Whether any session of the kernel's had something pending when time last passed.
         self.pending = False
         #: Whether one held a request back.
@@ -127,6 +127,10 @@ class KernelSessions:
         if self._config[11] != int(closed):
             self._config[11] = int(closed)
             self._write_config()
+
+    def accept(self, families: frozenset[int]) -> None:
+        """Take back sessions towards targets of these IP versions only."""
+        self._accepted = families
 
     def set_clock(self, now_ns: int) -> None:
         """For tests: the time of all programs."""
@@ -212,7 +216,7 @@ class KernelSessions:
 
     def give(self, session: KernelSession) -> bool:
         """The kernel goes on with ``session``; False if it has no room for it, or no use."""
-        if session.family not in self.accepts:
+        if session.family not in self._accepted:
             return False
         slot, generation = self._fetched.get(session.target) or self._new_slot()
         if slot == abi.NO_SLOT:
@@ -245,12 +249,10 @@ class KernelSessions:
         targets, flow = self._by_name["targets"], abi.FLOW.pack(abi.NO_SLOT, 0)
         if syscall.map_insert(targets.fd, target_key, flow):
             return True
-        for waiting in (self._leaving, self._gone):
-            if target_key in waiting:
-                waiting.remove(target_key)
-                self._drop_slot(target_key)
-                targets.update(target_key, flow)
-                return True
+        if self._leaving.withdraw(target_key):
+            self._drop_slot(target_key)
+            targets.update(target_key, flow)
+            return True
         lingers = targets.lookup(target_key) if over_lingering else None
         if lingers is None or not self._drop(*abi.FLOW.unpack(lingers)):
             return False
@@ -286,14 +288,13 @@ class KernelSessions:
 
     def release(self, target_key: bytes) -> None:
         """The connection to the target is over; its late segments are swallowed for a while."""
-        self._leaving.append(target_key)
+        self._leaving.add(target_key)
 
     def forget_released(self) -> None:
         """Call once a second: forget what was released before the last call."""
-        for target_key in self._gone:
+        for target_key in self._leaving.forget():
             self._by_name["targets"].delete(target_key)
             self._drop_slot(target_key)
-        self._gone, self._leaving = self._leaving, []
 
     def _drop_slot(self, target_key: bytes) -> None:
         fetched = self._fetched.pop(target_key, None)

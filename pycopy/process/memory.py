@@ -1,4 +1,4 @@
-"""How much memory this process has.
+"""How much memory this process has, and may have.
 
 Tests: tests/lab/test_replay_start.py
 """
@@ -16,6 +16,19 @@ def own_bytes() -> int:
     """Resident memory of this process without what is mapped: what grows with sessions."""
     _, resident, shared, *_ = _statm()
     return (resident - shared) * mmap.PAGESIZE
+
+
+class Limit:
+    """How much memory may be used, besides what is mapped; 0: as much as there is."""
+
+    def __init__(self, limit_mb: int) -> None:
+        self._limit_bytes = limit_mb << 20
+        #: Whether it was more when last looked at.
+        self.exceeded = False
+
+    def look(self) -> bool:
+        self.exceeded = bool(self._limit_bytes) and own_bytes() > self._limit_bytes
+        return self.exceeded
 
 
 def _statm() -> list[int]:

@@ -17,22 +17,27 @@ _ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Signals:
-    """From construction to ``close()``; ``on_end`` is called in the loop, once."""
+    """From construction to ``close()``; ``on_end`` is called in the loop, once.
+
+    ``starting``: no loop is running yet, until :meth:`started`. ``second_ends``: not in a
+    worker, which hears the same end from several sides, and waits for its master's word.
+    """
 
     def __init__(
         self,
         loop: Loop,
         on_end: Callable[[], None],
         others: Mapping[signal.Signals, Callable[[], None]],
+        *,
+        starting: bool = False,
+        second_ends: bool = True,
     ) -> None:
         self._loop = loop
         self._on_end = on_end
         self._others = dict(others)
         self._ended = 0
-        #: True while starting, when no loop is running yet; False before "ready" is said.
-        self.at_once = False
-        #: A worker hears the same end from several sides, and waits for its master's word.
-        self.second_ends = True
+        self._starting = starting
+        self._second_ends = second_ends
         self._reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._writer = writer
         self._fd_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -41,6 +46,10 @@ class Signals:
             number: signal.signal(number, self._note) for number in (*_ENDING, *self._others)
         }
         loop.add(self._reader, READ, self._on_readable)
+
+    def started(self) -> None:
+        """Call it before "ready" is said: who reads that may end the program in order."""
+        self._starting = False
 
     def close(self) -> None:
         """Put back the handlers that were there before."""
@@ -54,7 +63,7 @@ class Signals:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number in _ENDING:
             self._ended += 1
-            if self.at_once or (self._ended > 1 and self.second_ends):
+            if self._starting or (self._ended > 1 and self._second_ends):
                 raise KeyboardInterrupt
 
     def _on_readable(self, _events: int) -> None:

@@ -6,6 +6,8 @@ segment raises one fate (session/fates.py); everything that reports (exit summar
 """
 
 from pycopy.kernel.abi import CaptureCount, InterceptCount
+from pycopy.process import memory
+from pycopy.report.picture import BALANCED
 from pycopy.session.fates import HOLD_BUCKETS_US, Count, Fate, ResponseFate, Tallies
 
 
@@ -25,6 +27,11 @@ class Ledger(Tallies):
         #: What the kernel's own sessions did, in words; empty without them.
         self.fastpath: dict[str, int | float | str] = {}
         self.intercept_dropped = 0
+        self._settled = False
+
+    def settle(self) -> None:
+        """Nothing is counted any more: from now on the snapshot says whether it balances."""
+        self._settled = True
 
     def balance(self) -> list[str]:
         """Return what does not add up, in words; an empty list means balanced.
@@ -121,12 +128,15 @@ class Ledger(Tallies):
             "kernel": {count.name.lower(): kernel[count] for count in CaptureCount},
             "familiar": self._familiar(),
         }
+        if self._settled:
+            sections["segments"][BALANCED] = "no" if self.balance() else "yes"
         if self.fastpath:
             sections["fastpath"] = dict(self.fastpath)
         if self.kernel_intercept is not None:
             sections["kernel_intercept"] = {
                 count.name.lower(): self.kernel_intercept[count] for count in InterceptCount
             }
+        sections["process"] = {"rss_mb": memory.rss_bytes() >> 20}
         return sections
 
     def _hold_section(self) -> dict[str, int | float | str]:

@@ -1,6 +1,6 @@
-"""The target's answers from ``pycopy intercept`` on other hosts (``-s``): see answers.py.
+"""The target's responses from ``pycopy intercept`` on other hosts (``-s``): see base.py.
 
-With the fast path they come straight from kernel to kernel (intake.py), and by the channel
+With the fast path they come straight from kernel to kernel (datagrams.py), and by the channel
 only what cannot. Whether that way is open may change while we run; the kernel opens
 sessions only while it is.
 """
@@ -8,37 +8,66 @@ sessions only while it is.
 import ipaddress
 import random
 import time
-from collections.abc import Callable
 
 from pycopy.channel import Count, Hello, InterceptClient, Relaying
 from pycopy.command.config import ReplayConfig
 from pycopy.errors import UsageError
-from pycopy.fastpath.driver import FastPath
+from pycopy.host.nexthop import Hop
 from pycopy.interception.verdicts import range_of
 from pycopy.kernel.abi import POOL_NETWORKS
 from pycopy.process.console import say, while_slow
 from pycopy.process.loop import NEVER_NS, Loop
-from pycopy.responses.base import Targets
-from pycopy.responses.datagrams import Intake
+from pycopy.responses.base import Kernel, Listener, Targets
+from pycopy.responses.datagrams import FIRST_PROBE_NS, Datagrams, Intake
 from pycopy.responses.here import RESPONSE_RING_BYTES
 from pycopy.session.addresses import Addresses, KeptAddresses, PooledAddresses, own_ports
-from pycopy.session.table import Table
 from pycopy.tap import Tap, Transport
 from pycopy.wire.address import family_of, map_address, unmap_address
-from pycopy.wire.segment import Segment
 
 CONNECT_TIMEOUT_S = 15.0
-#: How long the start waits for the first probes; later ones may open the fast path as well.
-PROBE_TIMEOUT_NS = 1_000_000_000
+#: How often the start looks for the first probes; later ones may open the fast path as well.
 PROBE_POLL_NS = 5_000_000
 #: How often it is looked whether they still come.
 LOOK_NS = 250_000_000
 
-#: An intercept has connected a moment ago: its probe may be on its way.
-_NOT_YET = "not yet"
+
+def why_not_in_kernel(config: ReplayConfig, targets: Targets) -> str:
+    """Why the kernel cannot keep sessions whose responses come from elsewhere; empty: it can."""
+    pool = config.client_pool
+    if config.workers > 1:
+        return "an intercept cannot tell by the address which worker's a response is"
+    for version in (4, 6):
+        if sum(network.version == version for network in pool) > POOL_NETWORKS:
+            return f"-c has more than {POOL_NETWORKS} networks of IPv{version}"
+    for addr in dict.fromkeys(addr for addr, _ in targets):
+        if any(unmap_address(addr) in network for network in pool):
+            return f"the target {unmap_address(addr)} is itself one of -c"
+    if not relayed_families(config, targets):
+        return "intercept and target are named by addresses of different IP versions"
+    return ""
 
 
-class ChannelAnswers:
+def relayed_families(config: ReplayConfig, targets: Targets) -> frozenset[int]:
+    """IP versions of the targets that every intercept can send datagrams about."""
+    families = {family_of(addr) for addr, _ in targets}
+    for addr, _ in _intercepts(config):
+        families &= {family_of(addr)}
+    return frozenset(families)
+
+
+def _intercepts(config: ReplayConfig) -> list[tuple[bytes, int]]:
+    return [(map_address(ipaddress.ip_address(host)), port) for host, port in config.intercepts]
+
+
+def _addresses(config: ReplayConfig, targets: Targets) -> Addresses:
+    """The clients' own, or one of the pool (-c)."""
+    ports = own_ports(config.worker, config.workers)
+    if config.client_pool:
+        return PooledAddresses(config.client_pool, frozenset(addr for addr, _ in targets), ports)
+    return KeptAddresses(ports)
+
+
+class ResponsesElsewhere:
     """Intercepts on other hosts, each at the other end of a channel."""
 
     hints = (
@@ -47,31 +76,44 @@ class ChannelAnswers:
     )
 
     def __init__(
-        self, config: ReplayConfig, loop: Loop, targets: Targets,
-        on_records: Callable[[list[Segment]], None], on_ring: Callable[[Tap, int], None],
-        on_change: Callable[[], None], on_bye: Callable[[], None],
+        self, config: ReplayConfig, listener: Listener, loop: Loop, targets: Targets,
+        transport: Transport, kernel: Kernel | None,
     ) -> None:  # fmt: skip
-        """``on_change``: look at ``cut_off`` again; ``on_bye``: an intercept is about to leave."""
+        """``kernel``: which keeps sessions as well; None: nobody does. Raises OSError."""
         self._config = config
+        self._listener = listener
         self._loop = loop
-        self._targets = targets
-        self._on_records = on_records
-        self._on_ring = on_ring
-        self._on_change = on_change
-        self._on_bye = on_bye
+        self.addresses = _addresses(config, targets)
+        self.families = relayed_families(config, targets)
         self.taps: list[Tap] = []
-        self._clients: list[InterceptClient] = []
-        self._fastpath: FastPath | None = None
         self._intake: Intake | None = None
-        #: By the order of -s, which a twin that is left out does not change.
-        self._numbers: dict[InterceptClient, int] = {}
-        #: When it connected, for those that are.
-        self._connected_ns: dict[InterceptClient, int] = {}
+        port = cookie = 0
+        if kernel is not None:
+            kernel.use_pool(config.client_pool)
+            self._intake = Intake(
+                _intercepts(config), transport.smaller(RESPONSE_RING_BYTES), kernel.maps, loop,
+                listener.on_response_ring,
+            )  # fmt: skip
+            self.taps = self._intake.taps
+            port, cookie = self._intake.port, self._intake.cookie
+        ranges = tuple(map(range_of, config.client_pool))
+        hello = Hello(random.getrandbits(64), ranges, port, cookie)
+        self._clients = [self._client(address, hello) for address in config.intercepts]
+        self._datagrams = Datagrams(self._intake, self._clients) if self._intake else None
         self._look_at = NEVER_NS
         #: Why the kernel opens no session now, as said; None: nothing has been said.
         self._said: str | None = None
         self._starting = True
-        self.cut_off = True
+        self.silenced = True
+
+    def _client(self, address: tuple[str, int], hello: Hello) -> InterceptClient:
+        listener = self._listener
+        return InterceptClient(
+            address, hello, self._loop,
+            on_records=listener.on_records, on_state=say, on_connected=self._on_connected,
+            on_bye=listener.on_bye, on_relaying=self._on_relaying, on_taken=listener.on_taken,
+            live_claims=listener.live_claims,
+        )  # fmt: skip
 
     @property
     def dropped(self) -> int:
@@ -82,70 +124,15 @@ class ChannelAnswers:
         deadline_ns = min((client.deadline_ns for client in self._clients), default=NEVER_NS)
         return min(deadline_ns, self._look_at)
 
-    def addresses(self) -> Addresses:
-        """The clients' own, or one of the pool (-c)."""
-        ports = own_ports(self._config.worker, self._config.workers)
-        if self._config.client_pool:
-            targets = frozenset(addr for addr, _ in self._targets)
-            return PooledAddresses(self._config.client_pool, targets, ports)
-        return KeptAddresses(ports)
+    @property
+    def why_not_relayed(self) -> str:
+        return self._datagrams.why_not if self._datagrams else "there is none"
 
-    def may_stay_in_kernel(self) -> str:
-        pool = self._config.client_pool
-        if self._config.workers > 1:
-            return "an intercept cannot tell by the address which worker's a response is"
-        for version in (4, 6):
-            if sum(network.version == version for network in pool) > POOL_NETWORKS:
-                return f"-c has more than {POOL_NETWORKS} networks of IPv{version}"
-        for addr in dict.fromkeys(addr for addr, _ in self._targets):
-            if any(unmap_address(addr) in network for network in pool):
-                return f"the target {unmap_address(addr)} is itself one of -c"
-        if not self._families():
-            return "intercept and target are named by addresses of different IP versions"
-        return ""
-
-    def _families(self) -> frozenset[int]:
-        """Those of the targets that every intercept can send datagrams about."""
-        families = {family_of(addr) for addr, _ in self._targets}
-        for addr, _ in self._intercepts():
-            families &= {family_of(addr)}
-        return frozenset(families)
-
-    def _intercepts(self) -> list[tuple[bytes, int]]:
-        return [
-            (map_address(ipaddress.ip_address(host)), port)
-            for host, port in self._config.intercepts
-        ]
-
-    def start(self, table: Table, fastpath: FastPath | None, transport: Transport) -> None:
-        config = self._config
-        self._fastpath = fastpath
-        self._clients, self.taps, self._intake = [], [], None
-        port = cookie = 0
-        if fastpath is not None:
-            fastpath.use_pool(config.client_pool)
-            fastpath.use_families(self._families())
-            fastpath.set_relayed(_NOT_YET)
-            self._intake = Intake(
-                self._intercepts(), transport.smaller(RESPONSE_RING_BYTES), fastpath.kernel,
-                self._loop, self._on_ring,
-            )  # fmt: skip
-            self.taps = self._intake.taps
+    def start(self) -> None:
+        if self._intake is not None:
             self._intake.cover()
-            port, cookie = self._intake.port, self._intake.cookie
-        ranges = tuple(map(range_of, config.client_pool))
-        hello = Hello(random.getrandbits(64), ranges, port, cookie)
-        for number, address in enumerate(config.intercepts):
-            client = InterceptClient(
-                address, hello, self._loop,
-                on_records=self._on_records, on_state=say,
-                on_connected=self._on_connected, on_bye=self._on_bye, on_relaying=self._judge,
-                on_taken=lambda keys: table.on_taken(keys, time.monotonic_ns()),
-                live_claims=lambda: tuple(table.by_target),
-            )  # fmt: skip
-            self._clients.append(client)
-            self._numbers[client] = number
-            if config.lonely:
+        for client in list(self._clients):
+            if self._config.lonely:
                 client.start()
             else:
                 with while_slow(f"connecting to the intercept at {client.name}"):
@@ -153,38 +140,40 @@ class ChannelAnswers:
         self._await_probes()
         self._starting = False
         self._look()
-        table.on_claim = self._claim
-        table.on_give = self._release_there
-        table.on_release = self._release
+
+    def _await_probes(self) -> None:
+        """Let the fast path be open from the first connection on, if it can be."""
+        if self._datagrams is None:
+            return
+        until_ns = (now_ns := time.monotonic_ns()) + FIRST_PROBE_NS
+        while self._datagrams.judge(now_ns) is Relaying.PROBING and now_ns < until_ns:
+            self._loop.wait(now_ns + PROBE_POLL_NS)
+            now_ns = time.monotonic_ns()
 
     def catch_up(self) -> None:
-        """Answer what came meanwhile; an intercept may have given us up by now."""
+        """Say what is due meanwhile; an intercept may have given us up by now."""
         self._loop.wait(0)
         until_ns = now_ns = time.monotonic_ns()
         if not self._config.lonely:
             until_ns += int(CONNECT_TIMEOUT_S * 1e9)
-        while self.cut_off and now_ns < until_ns:
+        while self.silenced and now_ns < until_ns:
             self._loop.wait(min(until_ns, self.deadline_ns))
             now_ns = time.monotonic_ns()
             self.on_timer(now_ns)
 
     def describe(self) -> str:
         names = ", ".join(client.name for client in self._clients)
-        if self.cut_off:
+        if self.silenced:
             return f"waiting for the intercept at {names}"
         return f"responses from the intercept at {names}"
 
     # -- intercepts come and go -----------------------------------------------------------
 
-    def _look(self) -> None:
-        self.cut_off = not all(client.connected for client in self._clients)
-        self._judge()
-        self._on_change()
-
     def _on_connected(self, client: InterceptClient) -> None:
         if client.connected:
-            self._connected_ns[client] = time.monotonic_ns()
             self._drop_twin(client)
+        elif self._datagrams is not None:
+            self._datagrams.on_lost(client)
         self._look()
 
     def _drop_twin(self, client: InterceptClient) -> None:
@@ -200,52 +189,30 @@ class ChannelAnswers:
                 "name each intercept once",
             )
         self._clients = [other for other in self._clients if other is not second]
+        if self._datagrams is not None:
+            self._datagrams.leave_out(second)
         second.close()
         say(f"intercept {second.name} is {first.name} by another address: left out")
 
-    # -- the way from kernel to kernel ----------------------------------------------------
+    def _on_relaying(self, client: InterceptClient, relaying: Relaying) -> None:
+        if self._datagrams is not None:
+            self._datagrams.on_relaying(client, relaying, time.monotonic_ns())
+            self._look()
 
-    def _await_probes(self) -> None:
-        """Let the fast path be open from the first connection on, if it can be."""
-        until_ns = time.monotonic_ns() + PROBE_TIMEOUT_NS
-        while self._why_closed() == _NOT_YET and time.monotonic_ns() < until_ns:
-            self._loop.wait(time.monotonic_ns() + PROBE_POLL_NS)
-
-    def _why_closed(self) -> str:
-        """Why the kernel may not open sessions now; empty: it may."""
-        why = self._why_no_datagrams()
-        # As long as they do not all arrive, the channel is the better way for all.
-        for client in self._clients:
-            client.want_relay(Relaying.OFF if why else Relaying.ON)
-        if not why and any(client.relaying is not Relaying.ON for client in self._clients):
-            return _NOT_YET
-        return why
-
-    def _why_no_datagrams(self) -> str:
-        if self._intake is None:
-            return "there is none"
-        for client in self._clients:
-            if not client.connected:
-                return f"intercept {client.name} is not connected"
-            if client.relaying is Relaying.OFF:
-                return f"intercept {client.name} sends responses over the channel only"
-            if not self._intake.is_open(self._numbers[client]):
-                if time.monotonic_ns() - self._connected_ns[client] < PROBE_TIMEOUT_NS:
-                    return _NOT_YET
-                return (
-                    f"nothing arrives from intercept {client.name} on UDP port"
-                    f" {self._intake.port} (a firewall?)"
-                )
-        return ""
-
-    def _judge(self) -> None:
-        """Open or close the fast path, and say so when that changes."""
-        if self._intake is None or self._fastpath is None or self._starting:
+    def _look(self) -> None:
+        """Whether anything may be sent, and whether the kernel may open sessions: tell."""
+        self.silenced = not all(client.connected for client in self._clients)
+        if self._starting:
             return
-        self._look_at = time.monotonic_ns() + LOOK_NS
-        why = self._why_closed()
-        self._fastpath.set_relayed(why)
-        if why in (self._said, _NOT_YET):
+        if self._datagrams is not None:
+            now_ns = time.monotonic_ns()
+            self._look_at = now_ns + LOOK_NS
+            self._announce(self._datagrams.judge(now_ns), self._datagrams.why)
+        self._listener.on_way_change()
+
+    def _announce(self, state: Relaying, why: str) -> None:
+        """Say so when the fast path begins or ceases to be open."""
+        if state is Relaying.PROBING or why == self._said:
             return
         self._said = why
         if why:
@@ -253,28 +220,27 @@ class ChannelAnswers:
         else:
             say("fast path on: responses come straight from the intercept's kernel")
 
-    # -- claims ---------------------------------------------------------------------------
+    # -- what the table says --------------------------------------------------------------
 
-    def _claim(self, key: bytes) -> None:
+    def claim(self, target_key: bytes) -> None:
         for client in self._clients:
-            client.claim(key)
+            client.claim(target_key)
 
-    def _release(self, key: bytes) -> None:
-        if self._fastpath is not None:
-            self._fastpath.kernel.release(key)
-        self._release_there(key)
+    def give(self, target_key: bytes) -> None:
+        """Claims are for what comes over the channel."""
+        self.release(target_key)
 
-    def _release_there(self, key: bytes) -> None:
+    def release(self, target_key: bytes) -> None:
         for client in self._clients:
-            client.release(key)
+            client.release(target_key)
 
     # -- what the driver asks -------------------------------------------------------------
 
-    def on_hop_change(self) -> None:
+    def on_hop_change(self, hop: Hop) -> None:
         """Intercepts stand where they stand."""
 
     def flush(self) -> None:
-        """Tell of new claims: an intercept must know whose an answer is before it comes."""
+        """Tell of new claims: an intercept must know whose a response is before it comes."""
         for client in self._clients:
             client.flush()
 
@@ -282,11 +248,10 @@ class ChannelAnswers:
         for client in self._clients:
             client.on_timer(now_ns)
         if now_ns >= self._look_at:
-            self._judge()
+            self._look()
 
     def forget_released(self) -> None:
-        if self._intake is not None and self._fastpath is not None:
-            self._fastpath.kernel.forget_released()
+        """An intercept forgets by itself."""
 
     def watch(self) -> None:
         """Connections say themselves when they change."""

@@ -202,7 +202,7 @@ def on_timeout(session: "Session", now_ns: int) -> None:
         return
     if session.state is State.SYN_SENT:
         # If another replay had the port, and we no other one, it may be free by now.
-        session.host.on_claim(session.target_key)
+        session.host.owner.claim(session.target_key)
     counts[Count.TIMEOUTS] += 1
     recovery.on_timeout(target, rules)
     session.rto_at = now_ns + target.rto_ns

@@ -1,6 +1,7 @@
-"""Who keeps sessions outside the engine: the port through which they go out and come back.
+"""What a table is given besides its rules: who keeps sessions outside, who swallows for them.
 
-The engine knows neither who that is nor how (pycopy/fastpath/handover.py: the kernel).
+The engine knows neither who that is nor how (pycopy/fastpath/handover.py: the kernel;
+pycopy/responses/: programs on this host, or intercepts on others).
 
 Tests: tests/unit/test_table_kernel.py
 """
@@ -11,8 +12,31 @@ if TYPE_CHECKING:
     from pycopy.session.session import Host, Session
 
 
+class Owner(Protocol):
+    """Whoever swallows responses: it must know which connections to the target are copies."""
+
+    def claim(self, target_key: bytes) -> None:
+        """A session has this connection (KEY) from now on; said before its SYN leaves."""
+
+    def give(self, target_key: bytes) -> None:
+        """The keeper goes on with it."""
+
+    def release(self, target_key: bytes) -> None:
+        """It is over."""
+
+
+class Nobody:
+    """An owner where nothing needs to be told."""
+
+    def claim(self, target_key: bytes) -> None: ...
+
+    def give(self, target_key: bytes) -> None: ...
+
+    def release(self, target_key: bytes) -> None: ...
+
+
 class Keeper(Protocol):
-    """What the table asks of it."""
+    """Who keeps healthy sessions: the port through which they go out and come back."""
 
     def fetch_online(self, key: bytes, host: "Host", now_ns: int) -> "Session | None":
         """The session of a connection online, from now on ours; None: it has none."""
@@ -31,6 +55,9 @@ class Keeper(Protocol):
 
         ``over_lingering``: one that is over, and only waits for what may come late, gives way.
         """
+
+    def release(self, target_key: bytes) -> None:
+        """The connection to the target is over; late segments of it are swallowed for a while."""
 
     def own_online(self, online_key: bytes) -> None:
         """The connection online has a session of ours."""

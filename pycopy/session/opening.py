@@ -177,10 +177,9 @@ class Opening:
             target_key = other_port(session.target_key, jump, ports, self._is_unused)
         if target_key is None:
             return  # if it still repeats its SYN, it asks again each time for the port it has
-        del table.by_target[session.target_key]
-        table.on_release(session.target_key)
+        table.release(session.target_key)
         table.by_target[target_key] = session
-        table.on_claim(target_key)
+        table.owner.claim(target_key)
         table.ledger.counts[Count.PORT_TAKEN] += 1
         session.change_port(target_key, now_ns)
 
@@ -206,8 +205,8 @@ class Opening:
     def _limit(self) -> Fate | None:
         """Why no session may be opened now, whoever the client is."""
         table = self._table
-        if table.closed_for is not None:
-            return table.closed_for
+        if table.refusing is not None:
+            return table.refusing
         sessions = len(table.by_target)
         if table.keeper is not None:
             sessions += table.keeper.now_active()
@@ -240,7 +239,7 @@ class Opening:
             table.keeper.own_online(key)
         self._admission.over(key)
         table.ledger.counts[Count.SESSIONS] += 1
-        table.on_claim(target_key)
+        table.owner.claim(target_key)
         return session
 
     def _is_free(self, target_key: bytes) -> bool:

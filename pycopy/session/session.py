@@ -8,11 +8,12 @@ after it, this file only puts them in order. A session that loses its connection
 not open another: the host does (``reopen``), since a connection is what a session is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from pycopy.session import arrival, departure, losing, pathmtu, receiving, release, stream
 from pycopy.session.fates import Fate, ResponseFate, Tallies
+from pycopy.session.keeper import Owner
 from pycopy.session.rules import MS, Rules
 from pycopy.session.states import TRANSITIONS, Event, Outcome, State
 from pycopy.session.stream import Offer
@@ -38,8 +39,8 @@ class Host(Protocol):
     rules: Rules
     ledger: Tallies
     outbox: list[Emission]
-    on_claim: Callable[[bytes], None]
-    closed_for: Fate | None
+    owner: Owner
+    refusing: Fate | None
 
     def schedule(self, session: "Session") -> None:
         """Call ``on_timer`` at the session's deadline."""
@@ -226,7 +227,7 @@ class Session:
             self.gap_at = NEVER
         rules = host.rules
         bytes_allowed = rules.queue_bytes
-        if host.closed_for is Fate.REFUSED_MEMORY_LIMIT:
+        if host.refusing is Fate.REFUSED_MEMORY_LIMIT:
             bytes_allowed //= rules.short_of_memory
         held = len(online.queue) + len(online.early)
         if held > rules.queue_segments or online.held_bytes > bytes_allowed:

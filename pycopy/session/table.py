@@ -11,7 +11,7 @@ from heapq import heapify, heappop, heappush
 
 from pycopy.session.addresses import Addresses
 from pycopy.session.fates import Count, Fate, ResponseFate, Tallies
-from pycopy.session.keeper import Keeper
+from pycopy.session.keeper import Keeper, Nobody, Owner
 from pycopy.session.opening import Opening
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.session import Emission, Session
@@ -31,27 +31,27 @@ STALE_TIMERS = 4096
 
 
 class Table:
-    """See the module. ``services[i]`` is (target address, 16 bytes; target port)."""
+    """See the module. ``services[i]`` is (target address, 16 bytes; target port).
+
+    ``owner`` is told of each connection to the target; ``keeper``: who keeps the healthy
+    sessions, None: all are here.
+    """
 
     def __init__(
         self, rules: Rules, ledger: Tallies, addresses: Addresses,
         services: Sequence[tuple[bytes, int]], path_mss: Callable[[bytes], int], start_ns: int,
+        owner: Owner | None = None, keeper: Keeper | None = None,
     ) -> None:  # fmt: skip
         self.rules = rules
         self.ledger = ledger
+        self.owner = owner or Nobody()
+        self.keeper = keeper
         self.outbox: list[Emission] = []
         self.by_online: dict[bytes, Session] = {}
         self.by_target: dict[bytes, Session] = {}
-        #: Told of the key towards the target when a session opens, or comes, and ends.
-        self.on_claim: Callable[[bytes], None] = lambda key: None
-        self.on_release: Callable[[bytes], None] = lambda key: None
-        #: Told of the key towards the target when the kernel gets the session.
-        self.on_give: Callable[[bytes], None] = lambda key: None
         #: Why no session may be opened now; None: they may.
-        self.closed_for: Fate | None = None
+        self.refusing: Fate | None = None
         self._opening = Opening(self, addresses, services, path_mss, start_ns)
-        #: Who keeps the healthy sessions; None: all are here.
-        self.keeper: Keeper | None = None
         #: Sessions that have become quiet: the kernel may have them.
         self._calm: dict[Session, None] = {}
         #: (deadline, tie-breaker, session). An entry is stale unless it is the session's
@@ -61,6 +61,10 @@ class Table:
         self._lingering: deque[tuple[int, Session]] = deque()
         self._sweep_at = start_ns + SWEEP_NS
         self._sweep: Iterator[Session] | None = None
+
+    def refuse(self, why: Fate | None) -> None:
+        """What becomes of connections that begin from now on; None: sessions."""
+        self.refusing = why
 
     # -- segments -------------------------------------------------------------------------
 
@@ -118,7 +122,7 @@ class Table:
             return None
         self.by_online.setdefault(session.key, session)
         self.by_target[session.target_key] = session
-        self.on_claim(session.target_key)
+        self.owner.claim(session.target_key)
         # Whatever became of the segment that brought it here: its own clock is to be set.
         session.deadline_ns = now_ns
         self.schedule(session)
@@ -148,7 +152,7 @@ class Table:
             if mine and self.keeper is not None and self.keeper.give(session):
                 del self.by_online[key], self.by_target[target_key]
                 session.scheduled_ns = NEVER
-                self.on_give(target_key)
+                self.owner.give(target_key)
 
     # -- what sessions ask of their host -----------------------------------------------------
 
@@ -190,8 +194,14 @@ class Table:
 
     def forget(self, session: Session) -> None:
         """There is nothing more to be done for it."""
-        del self.by_target[session.target_key]
-        self.on_release(session.target_key)
+        self.release(session.target_key)
+
+    def release(self, target_key: bytes) -> None:
+        """No session has this connection to the target any more."""
+        del self.by_target[target_key]
+        if self.keeper is not None:
+            self.keeper.release(target_key)
+        self.owner.release(target_key)
 
     # -- time -----------------------------------------------------------------------------
 

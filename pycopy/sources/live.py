@@ -1,12 +1,16 @@
 """The live source: clients' segments as they arrive on this host's devices (bpf/capture.c)."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from pycopy.host.devices import Device, local_addresses
 from pycopy.kernel import abi, syscall
 from pycopy.kernel.attach import Hook
 from pycopy.kernel.module import Module, make_map
+from pycopy.process.console import say
+from pycopy.process.loop import READ, Loop
 from pycopy.tap import Kept, Settings, Tap, Transport, as_u32, load_tap
 
 Service = tuple[bytes | None, int]
@@ -103,3 +107,52 @@ def load_captures(
     finally:
         maps.close()  # the programs hold them
     return list(taps.values())
+
+
+class Captures:
+    """All taps on clients' segments of a run, as its driver uses them."""
+
+    def __init__(
+        self, taps: Sequence[Capture], loop: Loop, on_ring: Callable[[Capture, int], None]
+    ) -> None:
+        """``on_ring`` is called with a tap whose ring has something, and takes from it."""
+        self.taps = taps
+        self._loop = loop
+        self._on_ring = on_ring
+
+    def begin(self) -> None:
+        """See packets from now on. Raises PycopyError."""
+        for tap in self.taps:
+            tap.begin()
+            self._loop.add(tap.ring.fileno(), READ, partial(self._on_ring, tap))
+            for attachment in tap.attachments:
+                if attachment.reason:
+                    say(f"{attachment.ifname}: {attachment.how}, since {attachment.reason}")
+
+    def describe(self) -> str:
+        """The devices, and how they are captured."""
+        attachments = [each for tap in self.taps for each in tap.attachments]
+        how = {each.how for each in attachments}
+        return f"{', '.join(each.ifname for each in attachments)} ({', '.join(sorted(how))})"
+
+    def watch(self) -> bool:
+        """Addresses and devices come and go; False if no device is left."""
+        for tap in self.taps:
+            for ifname in tap.lose_dead():
+                say(f"pycopy: {ifname} is gone; nothing is captured there any more")
+        if not any(tap.attachments for tap in self.taps):
+            return False
+        for tap in self.taps:
+            tap.name_local_addresses()
+        return True
+
+    def detach(self) -> None:
+        """Stop seeing packets; what is in the rings stays readable."""
+        for tap in self.taps:
+            tap.detach()
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as every_one:
+            for tap in self.taps:
+                self._loop.remove(tap.ring.fileno())
+                every_one.callback(tap.close)

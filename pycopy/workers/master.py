@@ -94,8 +94,7 @@ class Master:
         )
         # Workers' words are ours to write: reopening the log is no business of theirs.
         others = {signal.SIGUSR1: self._ask, signal.SIGHUP: daemon.hang_up(self._end)}
-        self._signals = Signals(self._loop, self._end, others)
-        self._signals.at_once = True
+        self._signals = Signals(self._loop, self._end, others, starting=True)
         for index, child in enumerate(self.children):
             self._loop.add(child.sock.fileno(), READ, partial(self._on_message, index))
             self._loop.add(child.pidfd, READ, partial(self._on_exit, index))
@@ -126,7 +125,7 @@ class Master:
             if self._failure is not None:
                 raise self._failure
         self._started = True
-        self._signals.at_once = False  # who reads "ready" may end it in order
+        self._signals.started()
         say(self._banner())
         daemon.ready()
         self.view.start()
@@ -150,8 +149,8 @@ class Master:
     def _banner(self) -> str:
         first = self.children[0].ready
         assert first is not None
-        answers = own_words(self._ports) if self._ports else first["answers"]
-        return f"ready: {first['copying']}; {answers}; {len(self.children)} workers"
+        responses = own_words(self._ports) if self._ports else first["responding"]
+        return f"ready: {first['copying']}; {responses}; {len(self.children)} workers"
 
     def snapshot(self) -> dict[str, dict[str, Value]]:
         """The sum of what the workers said last; read by the view's thread as well."""

@@ -16,14 +16,16 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
 from pycopy.command.config import ReplayConfig
 from pycopy.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, PycopyError, explain
 from pycopy.process import console
-from pycopy.process.loop import READ
+from pycopy.process.loop import READ, Loop
 from pycopy.replay import Replay
+from pycopy.report.ledger import Ledger
 from pycopy.report.picture import Value
 from pycopy.wire.segment import Segment
 from pycopy.workers.shares import Own
@@ -69,59 +71,54 @@ class _Words(io.TextIOBase):
         return True
 
 
-class Worker(Replay):
-    """A replay of one share of the flows."""
+class ToMaster:
+    """The reporter of a worker, and what knows its share of an intercept's records."""
 
-    def __init__(self, config: ReplayConfig, line: Line) -> None:
-        super().__init__(config)
+    watches = True
+    # A service manager signals the master and its workers alike.
+    second_ends = False
+
+    def __init__(self, config: ReplayConfig, ledger: Ledger, line: Line) -> None:
+        self._ledger = ledger
         self._line = line
+        self._has_intercept = bool(config.intercepts)
         self._own = Own(config)
         #: Responses that an intercept had for all workers, and that were another's.
         self._others = 0
-        self._asked = False
-        self._watched = True  # by the master
-        # A service manager signals the master and its workers alike.
-        self._signals.second_ends = False
-        self._loop.add(line.fileno(), READ, self._on_master)
 
-    def run(self) -> None:
-        self._line.tell(
-            ready=True, copying=self.copying(), answers=self._answers.describe(),
-            ledger=self.snapshot(),
-        )  # fmt: skip
-        super().run()
+    def join(self, loop: Loop, stop: Callable[[], None]) -> None:
+        """The master says nothing on this way; when it can be read, it has gone."""
 
-    def end(self) -> list[str]:
-        """Give account; returns what does not balance."""
-        self.finish()
-        wrong = self.ledger.balance()
-        self._line.tell(final=True, ledger=self.snapshot(), wrong=wrong)
-        return wrong
+        def on_master(_events: int) -> None:
+            loop.remove(self._line.fileno())
+            stop()
 
-    def snapshot(self) -> dict[str, dict[str, Value]]:
-        sections = super().snapshot()
-        if self.config.intercepts:
-            sections["responses"]["other_workers"] = self._others
-        return sections
+        loop.add(self._line.fileno(), READ, on_master)
 
-    def _on_master(self, _events: int) -> None:
-        """It says nothing on this way: it has gone."""
-        self._loop.remove(self._line.fileno())
-        self._stop()
-
-    def _on_records(self, records: list[Segment]) -> None:
+    def ours(self, records: list[Segment]) -> list[Segment]:
         has = self._own.has
         own = [segment for segment in records if has(segment.key)]
         self._others += len(records) - len(own)
-        super()._on_records(own)
+        return own
 
-    def _housekeep(self) -> None:
-        super()._housekeep()
-        self._line.tell(wait=False, ledger=self.snapshot())
+    def on_ready(self, copying: str, responding: str) -> None:
+        self._line.tell(ready=True, copying=copying, responding=responding, ledger=self._snapshot())
 
-    def _print_ledger(self) -> None:
-        self._refresh_counters()
-        self._line.tell(wait=False, ledger=self.snapshot(), asked=True)
+    def on_second(self) -> None:
+        self._line.tell(wait=False, ledger=self._snapshot())
+
+    def show(self) -> None:
+        self._line.tell(wait=False, ledger=self._snapshot(), asked=True)
+
+    def on_end(self, wrong: list[str]) -> None:
+        """Give account; ``wrong``: what does not balance."""
+        self._line.tell(final=True, ledger=self._snapshot(), wrong=wrong)
+
+    def _snapshot(self) -> dict[str, dict[str, Value]]:
+        sections = self._ledger.snapshot()
+        if self._has_intercept:
+            sections["responses"]["other_workers"] = self._others
+        return sections
 
 
 def work(config: ReplayConfig, sock: socket.socket, master: int) -> NoReturn:
@@ -153,15 +150,19 @@ def work(config: ReplayConfig, sock: socket.socket, master: int) -> NoReturn:
 
 
 def _replay(config: ReplayConfig, line: Line) -> int:
-    replay = Worker(config, line)
+    ledger = Ledger()
+    master = ToMaster(config, ledger, line)
+    replay = Replay(config, ledger, master, master.ours)
     failure = None
     try:
         replay.start()
+        master.on_ready(replay.copying(), replay.responding())
         try:
             replay.run()
         except PycopyError as error:
             failure = error  # accounts first
-        wrong = replay.end()
+        wrong = replay.finish()
+        master.on_end(wrong)
     finally:
         replay.close()
     if failure is not None:

@@ -55,7 +55,9 @@ class Pair(Script):
         self.in_kernel = 0
         self.programs, self.kernel = programs, programs.kernel
         programs.reset()
-        super().__init__(text, family, addresses_of(family, next(programs.numbers)), START_NS)
+        super().__init__(text, family, addresses_of(family, next(programs.numbers)), START_NS,
+            Keeper(self.kernel),
+        )  # fmt: skip
         self.direct = 0  # what TEST_RUN cannot take
         self.user = Counter()  # segments that left the kernel, by kind
         self.idle_acks = Counter()  # which the capture does not even count as captured, by fate
@@ -74,8 +76,6 @@ class Pair(Script):
                 source=bytes(16), destination=self.target_addr,
             )  # fmt: skip
             self.kernel.set_hop(service, hop, family, 80 + service, 1460)
-        self.table.keeper = Keeper(self.kernel)
-        self.table.on_release = self.kernel.release
         self._adopt, self.table._adopt = self.table._adopt, self.adopt
 
     def adopt(self, found, now_ns):
@@ -270,7 +270,7 @@ class Pair(Script):
 
     def star_closed_for(self, fate):
         super().star_closed_for(fate)
-        self.kernel.set_closed(self.table.closed_for is not None)
+        self.kernel.set_closed(self.table.refusing is not None)
 
     def star_mss(self, size, number="1"):
         kept = self.session_of(self.connection(int(number)).key)

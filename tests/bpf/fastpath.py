@@ -11,6 +11,7 @@ import time
 
 from pycopy.fastpath.kernel import KernelSessions
 from pycopy.kernel import abi, syscall
+from pycopy.session.leaving import Leaving
 from pycopy.wire.segment import KEY
 from tests.bpf.harness import Capture, Intercept, sh
 from tests.sessions.runner import Failed
@@ -73,7 +74,7 @@ class Programs:
         list(self.kernel.on_timer())
         self.slots()
         self.add_slots([slot.to_bytes(4, "little") for slot in range(SLOTS)])
-        self.kernel._leaving, self.kernel._gone, self.kernel._fetched = [], [], {}
+        self.kernel._leaving, self.kernel._fetched = Leaving(), {}
         self.kernel.maps.by_name["fast_counts"].update(bytes(4), bytes(self.counts_bytes))
         for ring in (self.captured, self.responses):
             list(ring.drain(1 << 20))

@@ -100,7 +100,7 @@ class Connection:
 class Script:
     """One run of one script; what executes it is the table, here."""
 
-    def __init__(self, text, family=4, addresses=None, start_ns=0):
+    def __init__(self, text, family=4, addresses=None, start_ns=0, keeper=None):
         self.lines = [line.strip() for line in text.splitlines()]
         self.family = family
         self.now_ns = start_ns
@@ -113,8 +113,9 @@ class Script:
         self.client_addr, self.server, self.target_addr = addresses or ADDRESSES[family]
         services = [(self.target_addr, 80), (self.target_addr, 81)]
         self.table = Table(
-            self.rules, self.ledger, KeptAddresses(), services, lambda addr: 1460, self.now_ns
-        )
+            self.rules, self.ledger, KeptAddresses(), services, lambda addr: 1460, self.now_ns,
+            keeper=keeper,
+        )  # fmt: skip
 
     def run(self):
         for number, line in enumerate(self.lines, 1):
@@ -329,7 +330,7 @@ class Script:
             self.iss.setdefault(key, []).append(int(value, 0))
 
     def star_closed_for(self, fate):
-        self.table.closed_for = None if fate == "nothing" else Fate[fate.upper()]
+        self.table.refuse(None if fate == "nothing" else Fate[fate.upper()])
 
     def star_end(self):
         self.table.end_all(self.now_ns)

@@ -5,13 +5,13 @@ import random
 import pytest
 
 from pycopy import cli
-from pycopy.fastpath import driver as driver_module
 from pycopy.fastpath.driver import HOLDING_NS, NOT_SENT, REST_NS, SWEEP_NS, TICK_NS, FastPath
 from pycopy.fastpath.kernel import active
 from pycopy.host.nexthop import Hop
 from pycopy.kernel.abi import FAST_COUNTS, FastCount, Left
 from pycopy.report.ledger import Ledger
 from pycopy.session.fates import Count, Fate, ResponseFate
+from pycopy.session.rules import Rules
 from pycopy.session.states import Outcome
 
 LINE = "-x 80-10.0.0.2:8080 --max-sessions 99"
@@ -24,8 +24,7 @@ NOT_IN_THE_LEDGER = {FastCount.TAKEN, FastCount.GIVEN, FastCount.LEFT}
 class Kernel:
     """Counters that a test sets, and what it was told."""
 
-    def __init__(self, services, max_sessions, backlog_bytes):
-        self.size = services, max_sessions, backlog_bytes
+    def __init__(self):
         self.now = [0] * FAST_COUNTS
         self.pending, self.holding, self.told = False, False, []
 
@@ -37,6 +36,8 @@ class Kernel:
 
 
 class Table:
+    rules = Rules()
+
     def __init__(self):
         self.calls = []
 
@@ -44,14 +45,37 @@ class Table:
         return lambda *args: self.calls.append((name, *args))
 
 
+class Hops:
+    """The next hops of a test's own, each told of when it changes."""
+
+    def __init__(self):
+        self.hops, self.mss = {}, 1460
+
+    def resolve(self, destination):
+        if destination not in self.hops:
+            self.hops[destination] = Hop(destination)
+            self.hops[destination].usable = True
+        return self.hops[destination]
+
+    def path_mss(self, _):
+        return self.mss
+
+
+def fast_path(line, families=frozenset({4, 6})):
+    """Over a ledger; nothing else is real."""
+    hops = Hops()
+    return FastPath(
+        cli.replay_config(line.split()), Kernel(), Table(), Ledger(), hops, hops, families, ""
+    )
+
+
 @pytest.fixture
-def make(monkeypatch):
-    """``make(more words of a command line)``: a fast path over a ledger, nothing else real."""
-    monkeypatch.setattr(driver_module, "KernelSessions", Kernel)
+def make():
+    """``make(more words of a command line)``: a fast path; what it told at the start is left out"""
 
     def one(*words):
-        path = FastPath(cli.replay_config([*LINE.split(), *words]))
-        path._ledger, path._table = Ledger(), Table()
+        path = fast_path(" ".join((LINE, *words)))
+        path._kernel.told.clear()
         return path
 
     return one
@@ -59,7 +83,7 @@ def make(monkeypatch):
 
 def grow(path, **counts):
     for name, number in counts.items():
-        path.kernel.now[FastCount[name]] += number
+        path._kernel.now[FastCount[name]] += number
     path._ledger.active = 0
     path.refresh()
     return path._ledger
@@ -83,7 +107,7 @@ def test_every_counter_stands_in_the_ledger_or_need_not(make, count):
 
 def test_every_bucket_of_hold_times_and_every_reason(make):
     path = make()
-    path.kernel.now = list(range(FAST_COUNTS))
+    path._kernel.now = list(range(FAST_COUNTS))
     path.refresh()
     first = FastCount.HOLD_TIME
     assert path._ledger.hold == list(range(first, first + len(path._ledger.hold)))
@@ -108,9 +132,9 @@ def test_the_ledger_balances_as_the_kernel_does(make):
     assert ledger.counts[Count.RESPONSES] == sum(ledger.responses)
     assert (
         ledger.fates[Fate.HELD]
-        == path.kernel.now[FastCount.HELD] - (path.kernel.now[FastCount.RELEASED])
+        == path._kernel.now[FastCount.HELD] - (path._kernel.now[FastCount.RELEASED])
     )
-    assert ledger.responses[ResponseFate.STEERED] == path.kernel.now[FastCount.RESPONSES_STEERED]
+    assert ledger.responses[ResponseFate.STEERED] == path._kernel.now[FastCount.RESPONSES_STEERED]
 
 
 def test_counters_are_added_once(make):
@@ -143,40 +167,36 @@ def test_the_share_that_stayed_in_the_kernel(make):
 def test_sampling_is_user_spaces(make, words, closed):
     """And so is everything while sessions may not be opened."""
     path = make(*words)
-    path.set_closed(False)
+    path.refuse(False)
     path.after_turn(lambda: False)
-    assert ("set_closed", closed) in path.kernel.told
-    path.set_closed(True)
-    assert path.kernel.told[-1] == ("set_closed", True)
+    assert ("set_closed", closed) in path._kernel.told
+    path.refuse(True)
+    assert path._kernel.told[-1] == ("set_closed", True)
 
 
 def test_what_is_unread_is_not_overtaken(make):
     """Opened again only when all is read; closed at once."""
     path = make()
-    path.set_closed(False)
-    assert path.kernel.told == []
+    path.refuse(False)
+    assert path._kernel.told == []
     path.after_turn(lambda: False)
-    assert [what for what, *_ in path.kernel.told] == ["set_closed", "forget_disowned"]
-    assert path.kernel.told[0] == ("set_closed", False)
-
-
-def test_the_kernels_maps_are_as_large_as_the_run(make):
-    assert make("--backlog", "16M").kernel.size == (1, 99, 16 << 20)
+    assert [what for what, *_ in path._kernel.told] == ["set_closed", "forget_disowned"]
+    assert path._kernel.told[0] == ("set_closed", False)
 
 
 def test_time_passes_faster_while_something_is_pending(make):
     path = make()
     path.on_timer(7)
     assert path.deadline_ns == 7 + REST_NS
-    assert path.kernel.told == [("sweep",), ("on_timer",)]
-    path.kernel.pending = True
+    assert path._kernel.told == [("sweep",), ("on_timer",)]
+    path._kernel.pending = True
     path.on_timer(8)
-    assert path.deadline_ns == 8 + TICK_NS and len(path.kernel.told) == 3
-    path.kernel.holding = True
+    assert path.deadline_ns == 8 + TICK_NS and len(path._kernel.told) == 3
+    path._kernel.holding = True
     path.on_timer(9)
-    assert path.deadline_ns == 9 + HOLDING_NS and len(path.kernel.told) == 4
+    assert path.deadline_ns == 9 + HOLDING_NS and len(path._kernel.told) == 4
     path.on_timer(7 + SWEEP_NS)
-    assert path.kernel.told[4:] == [("sweep",), ("on_timer",)]
+    assert path._kernel.told[4:] == [("sweep",), ("on_timer",)]
     assert path._table.calls[-1] == ("adopt_all", [], 7 + SWEEP_NS)
 
 
@@ -184,10 +204,8 @@ def test_the_end_of_the_run(make):
     path = make()
     path.stop(9)
     path.after_turn(lambda: False)
-    assert path.kernel.told[:2] == [("set_closed", True), ("fetch_all",)]
+    assert path._kernel.told[:2] == [("set_closed", True), ("fetch_all",)]
     assert path._table.calls == [("adopt_all", [], 9), ("give_back",)]
-    path.close()
-    assert path.kernel.told[-1] == ("close",)
 
 
 def test_no_fastpath_is_an_option_of_replay():
@@ -199,50 +217,29 @@ def test_where_no_response_reaches_the_kernel_it_has_no_session(make):
     path = make()
     path.set_relayed("nothing arrives")
     path.after_turn(lambda: False)
-    assert path.kernel.accepts == frozenset()
-    assert {call[1] for call in path.kernel.told if call[0] == "set_closed"} == {True}
-    path.kernel.told.clear()
+    assert path._kernel.told[0] == ("accept", frozenset())
+    assert {call[1] for call in path._kernel.told if call[0] == "set_closed"} == {True}
+    path._kernel.told.clear()
     path.set_relayed("")
-    assert path.kernel.accepts == {4, 6}
-    assert not path.kernel.told  # a SYN may be unread
+    assert path._kernel.told == [("accept", {4, 6})]  # no more: a SYN may be unread
     path.after_turn(lambda: False)
-    assert ("set_closed", False) in path.kernel.told
-
-
-class Hops:
-    """The next hops of a test's own, each told of when it changes."""
-
-    def __init__(self, path):
-        self.hops = {}
-        path._hops = path._egress = self
-        self.mss = 1460
-
-    def resolve(self, destination):
-        if destination not in self.hops:
-            self.hops[destination] = Hop(destination)
-            self.hops[destination].usable = True
-        return self.hops[destination]
-
-    def path_mss(self, _):
-        return self.mss
+    assert ("set_closed", False) in path._kernel.told
 
 
 def told(path):
     """The services whose way was written since last asked, with port and whether allowed."""
-    calls, path.kernel.told = path.kernel.told, []
+    calls, path._kernel.told = path._kernel.told, []
     return [(call[1], call[4], call[6]) for call in calls if call[0] == "set_hop"]
 
 
+THOUSANDS = "-x 1000-1999-10.0.0.2:1,3000-3999-10.0.0.3:7-7,80-[fd00::2]:9"
+
+
 @pytest.fixture
-def thousands(monkeypatch):
+def thousands():
     """Towards three targets: 1,000 services, 1,000 others, and one by IPv6."""
-    monkeypatch.setattr(driver_module, "KernelSessions", Kernel)
-    line = "-x 1000-1999-10.0.0.2:1,3000-3999-10.0.0.3:7-7,80-[fd00::2]:9"
-    path = FastPath(cli.replay_config(line.split()))
-    path._ledger, path._table = Ledger(), Table()
-    hops = Hops(path)
-    path.on_hop_change()
-    return path, [hops.resolve(addr) for addr in path._services_of]
+    path = fast_path(THOUSANDS)
+    return path, [path._hops.resolve(addr) for addr in path._services_of]
 
 
 def test_every_service_has_its_way_once(thousands):
@@ -270,15 +267,19 @@ def test_a_change_of_one_hop_is_its_services_only(thousands, field, value):
     assert told(path) == []
 
 
+def test_of_a_family_that_is_not_relayed_the_kernel_has_no_sessions():
+    path = fast_path(THOUSANDS, frozenset({4}))
+    assert ("accept", {4}) in path._kernel.told
+    assert [allowed for _, _, allowed in told(path)] == [True] * 2000 + [False]
+
+
 def test_what_concerns_all_services_is_told_of_those_it_changes(thousands):
     path, _ = thousands
     told(path)
-    path.use_families(frozenset({4}))
-    assert told(path) == [(2000, 9, False)]
-    path.set_cut_off(True)
-    assert [allowed for _, _, allowed in told(path)] == [False] * 2000
-    path.set_cut_off(False)
-    assert len(told(path)) == 2000
+    path.set_silenced(True)
+    assert [allowed for _, _, allowed in told(path)] == [False] * 2001
+    path.set_silenced(False)
+    assert len(told(path)) == 2001
     path._egress.mss = 1400
     path.on_hop_change()
     assert len(told(path)) == 2001

@@ -39,8 +39,8 @@ class Host:
     """Writes down what it is asked for."""
 
     def __init__(self):
-        self.rules, self.ledger, self.outbox, self.closed_for = Rules(), Ledger(), [], None
-        self.calls = []
+        self.rules, self.ledger, self.outbox, self.refusing = Rules(), Ledger(), [], None
+        self.owner, self.calls = self, []
 
     def __getattr__(self, name):
         return lambda session, *args: self.calls.append((name, *args))

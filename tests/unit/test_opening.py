@@ -27,10 +27,7 @@ class LingeringKernel(Kernel):
 
 
 def lingering(port):
-    bench = Bench()
-    bench.kernel = LingeringKernel(port)
-    bench.table.keeper = Keeper(bench.kernel)
-    return bench
+    return Bench(LingeringKernel(port))
 
 
 def port_of_key(key):
@@ -62,7 +59,7 @@ def test_the_kernel_may_open_the_next_one_of_a_client_that_is_refused(flags, pay
     if fate is Fate.REFUSED_NO_ADDRESS:
         no_port_is_free(bench)
     elif fate is not Fate.STRAY:
-        bench.table.closed_for = fate
+        bench.table.refuse(fate)
     bench.client(flags, 1, 1, payload)
     assert bench.ledger.fates[fate] == 1 and not bench.table.by_target
     assert bench.kernel.online == {Bench.key(2)}
@@ -86,14 +83,13 @@ def test_a_reopened_connection_does_not():
 
 def test_where_another_replay_has_the_port_the_session_begins_from_the_next():
     bench = Bench()
-    claimed, bench.table.on_claim = [], lambda key: claimed.append(key)
     bench.client(SYN)
     session = bench.table.outbox[-1].session
     before = session.target_key
     bench.now_ns = SECOND // 100
     bench.table.on_taken([before], bench.now_ns)
     assert port_of(session) != port_of_key(before) and session.target_key[:32] == before[:32]
-    assert claimed == [before, session.target_key]
+    assert bench.owner.claimed == [before, session.target_key]
     assert bench.kernel.claimed == {session.target_key}
     assert list(bench.table.by_target) == [session.target_key]
     first, second = bench.table.outbox
@@ -140,10 +136,10 @@ def test_where_no_other_port_is_free_the_syn_is_repeated():
     no_port_is_free(bench)
     bench.table.on_taken([session.target_key], bench.now_ns)
     bench.table.outbox.clear()
-    claimed, bench.table.on_claim = [], lambda key: claimed.append(key)
+    bench.owner.claimed.clear()
     bench.now_ns = session.deadline_ns
     bench.table.on_time(bench.now_ns)
-    assert claimed == [session.target_key]
+    assert bench.owner.claimed == [session.target_key]
     assert [each.flags for each in bench.table.outbox] == [SYN]
 
 

@@ -46,6 +46,8 @@ class Bench:
         self.ears.bind(("127.0.0.1", 0))
         self.ears.settimeout(5)
         self.clients = []
+        #: What each client was told last.
+        self.said = {}
 
     def _on_hello(self, hello, _name):
         self.claims.claim_ranges(hello.ranges)
@@ -57,7 +59,7 @@ class Bench:
         client = InterceptClient(
             ("127.0.0.1", self.server.port),
             Hello(len(self.clients) + 1, ranges, port, COOKIE), self.loop,
-            on_records=list, on_state=self.log.append,
+            on_records=list, on_state=self.log.append, on_relaying=self.said.__setitem__,
         )  # fmt: skip
         client.start()
         self.clients.append(client)
@@ -100,20 +102,20 @@ def test_there_is_one_for_every_replay():
     assert MAX_REPLAYS <= abi.RELAYS
 
 
-def on(client):
-    client.want_relay(Relaying.ON)
-    return lambda: client.relaying is Relaying.ON
+def on(bench, client):
+    client.tell_relaying(Relaying.ON)
+    return lambda: bench.said[client] is Relaying.ON
 
 
 def test_probes_first_then_what_was_asked_for(bench):
     client = bench.replay()
-    assert client.relaying is Relaying.PROBING
+    assert bench.said[client] is Relaying.PROBING
     assert default_of(bench.default) == SWALLOW
     probe, source = bench.ears.recvfrom(1000)
     assert source == ("127.0.0.1", bench.server.port)
     assert len(probe) == abi.DATAGRAM_BYTES
     assert abi.DATAGRAM_HEAD.unpack_from(probe) == (COOKIE, 0, abi.PROBE, 0)
-    bench.until(on(client))
+    bench.until(on(bench, client))
     assert default_of(bench.default) == RELAY
     entry = bench.entries()[0]
     lo = socket.if_nametoindex("lo")
@@ -122,8 +124,8 @@ def test_probes_first_then_what_was_asked_for(bench):
     assert entry[5:7] == (HERE, HERE)
     ports = tuple(int.from_bytes(port, "big") for port in entry[7:])
     assert ports == (bench.server.port, bench.ears.getsockname()[1])
-    client.want_relay(Relaying.OFF)
-    bench.until(lambda: client.relaying is Relaying.PROBING)
+    client.tell_relaying(Relaying.OFF)
+    bench.until(lambda: bench.said[client] is Relaying.PROBING)
     assert default_of(bench.default) == SWALLOW
 
 
@@ -140,43 +142,43 @@ def test_probes_go_on_once_a_second(bench):
 
 
 def test_who_wants_none_gets_none(bench):
-    assert bench.replay(port=0).relaying is Relaying.OFF
+    assert bench.said[bench.replay(port=0)] is Relaying.OFF
     assert bench.entries() == {}
 
 
 def test_without_a_program_that_can(bench):
     made = Bench(maps=0)
-    assert made.replay().relaying is Relaying.OFF
+    assert made.said[made.replay()] is Relaying.OFF
     made.close()
 
 
 def test_two_that_keep_addresses_share_the_channel(bench):
     first = bench.replay()
-    bench.until(on(first))
+    bench.until(on(bench, first))
     second = bench.replay()
-    assert second.relaying is Relaying.OFF
-    bench.until(lambda: first.relaying is Relaying.OFF)
+    assert bench.said[second] is Relaying.OFF
+    bench.until(lambda: bench.said[first] is Relaying.OFF)
     assert default_of(bench.default) == SWALLOW
     assert sum("several replays" in line for line in bench.log) == 1
     first.close()
-    bench.until(lambda: second.relaying is Relaying.PROBING)
-    bench.until(on(second))
+    bench.until(lambda: bench.said[second] is Relaying.PROBING)
+    bench.until(on(bench, second))
     assert default_of(bench.default) == RELAY + 1
 
 
 def test_one_that_wants_none_counts_as_well(bench):
     """Its sessions are among those that nobody's range names."""
     first = bench.replay()
-    bench.until(on(first))
+    bench.until(on(bench, first))
     bench.replay(port=0)
-    bench.until(lambda: first.relaying is Relaying.OFF)
+    bench.until(lambda: bench.said[first] is Relaying.OFF)
     assert default_of(bench.default) == SWALLOW
 
 
 def test_ranges_have_relays_of_their_own(bench):
     first, second, third = bench.replay(POOL), bench.replay(OTHER), bench.replay()
     for client in (first, second, third):
-        bench.until(on(client))
+        bench.until(on(bench, client))
     assert bench.table.verdict("62.135.200.1") == RELAY
     assert bench.table.verdict("62.135.201.1") == RELAY + 1
     assert default_of(bench.default) == RELAY + 2
@@ -187,38 +189,38 @@ def test_ranges_have_relays_of_their_own(bench):
 
 def test_a_range_of_two_goes_over_the_channel(bench):
     first = bench.replay(POOL, OTHER)
-    bench.until(on(first))
+    bench.until(on(bench, first))
     second = bench.replay(POOL)
-    bench.until(lambda: first.relaying is Relaying.OFF)
+    bench.until(lambda: bench.said[first] is Relaying.OFF)
     assert bench.table.verdict("62.135.200.1") == SWALLOW
     assert bench.table.verdict("62.135.201.1") == SWALLOW
     second.close()
-    bench.until(lambda: first.relaying is Relaying.ON)
+    bench.until(lambda: bench.said[first] is Relaying.ON)
     assert bench.table.verdict("62.135.200.1") == RELAY
 
 
 def test_what_passes_is_never_relayed(bench):
     bench.claims.pass_networks([ipaddress.ip_network("62.135.200.0/24")])
     client = bench.replay(POOL, OTHER)
-    bench.until(on(client))
+    bench.until(on(bench, client))
     assert bench.table.verdict("62.135.200.1") == PASS
     assert bench.table.verdict("62.135.201.1") == RELAY
 
 
 def test_the_number_of_one_that_left_is_used_again(bench):
     first = bench.replay(POOL)
-    bench.until(on(first))
+    bench.until(on(bench, first))
     first.close()
     bench.until(lambda: not bench.entries())
     second = bench.replay(OTHER)
-    bench.until(on(second))
+    bench.until(on(bench, second))
     assert sorted(bench.entries()) == [0]
     assert bench.table.verdict("62.135.200.1") == SWALLOW
     assert bench.table.verdict("62.135.201.1") == RELAY
 
 
 def test_a_program_that_is_loaded_later(bench):
-    bench.until(on(bench.replay()))
+    bench.until(on(bench, bench.replay()))
     late = Table(abi.RELAYS)
     bench.relays.add_map(late)
     assert late.entries == bench.maps[0].entries
@@ -226,14 +228,14 @@ def test_a_program_that_is_loaded_later(bench):
 
 def test_a_way_that_is_lost_and_found(bench):
     client = bench.replay()
-    bench.until(on(client))
+    bench.until(on(bench, client))
     (relay,) = bench.relays._relays.values()
     relay.hop.usable = False
     bench.relays._refresh()
-    bench.until(lambda: client.relaying is Relaying.OFF)
+    bench.until(lambda: bench.said[client] is Relaying.OFF)
     assert default_of(bench.default) == SWALLOW and bench.entries() == {}
     relay.hop.usable = True
     bench.relays._refresh()
     # What it wanted before it still wants.
-    bench.until(lambda: client.relaying is Relaying.ON)
+    bench.until(lambda: bench.said[client] is Relaying.ON)
     assert default_of(bench.default) == RELAY and sorted(bench.entries()) == [0]

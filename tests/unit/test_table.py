@@ -22,13 +22,20 @@ class Bench:
 
     def __init__(self, addresses=None, path_mss=lambda addr: 1460, **rules):
         self.ledger, self.now_ns = Ledger(), 0
+        self.claimed, self.released = [], []
         self.table = Table(
             Rules(**rules), self.ledger, addresses or KeptAddresses(), [(TARGET, 80)],
-            path_mss, 0,
+            path_mss, 0, self,
         )  # fmt: skip
-        self.claimed, self.released = [], []
-        self.table.on_claim = self.claimed.append
-        self.table.on_release = self.released.append
+
+    def claim(self, target_key):
+        self.claimed.append(target_key)
+
+    def give(self, target_key):
+        raise AssertionError("there is no keeper")
+
+    def release(self, target_key):
+        self.released.append(target_key)
 
     def key(self, number):
         client = bytes(10) + b"\xff\xff" + struct.pack("!I", 0x0A000000 + number // 50_000)

@@ -9,6 +9,7 @@ from pycopy.kernel.abi import KNOWN_IRS, KernelSession, LogRecord
 from pycopy.report.ledger import Ledger
 from pycopy.session.addresses import KeptAddresses
 from pycopy.session.fates import Count, Fate, ResponseFate
+from pycopy.session.keeper import Nobody
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.states import Outcome, State
 from pycopy.session.table import Table
@@ -47,6 +48,9 @@ class Kernel:
         self.claimed.add(target_key)
         return True
 
+    def release(self, target_key):
+        self.claimed.discard(target_key)
+
     def own_online(self, online_key):
         self.online.add(online_key)
 
@@ -57,16 +61,26 @@ class Kernel:
         return self.active
 
 
+class Owner(Nobody):
+    """Writes down what is claimed."""
+
+    def __init__(self):
+        self.claimed = []
+
+    def claim(self, target_key):
+        self.claimed.append(target_key)
+
+
 class Bench:
     """A table with a kernel; one client."""
 
-    def __init__(self, **rules):
-        self.ledger, self.now_ns, self.kernel = Ledger(), 0, Kernel()
+    def __init__(self, kernel=None, **rules):
+        self.ledger, self.now_ns, self.owner = Ledger(), 0, Owner()
+        self.kernel = Kernel() if kernel is None else kernel
         self.table = Table(
-            Rules(**rules), self.ledger, KeptAddresses(), [(TARGET, 80)], lambda addr: 1460, 0
-        )
-        self.table.keeper = Keeper(self.kernel)
-        self.table.on_release = self.kernel.claimed.discard
+            Rules(**rules), self.ledger, KeptAddresses(), [(TARGET, 80)], lambda addr: 1460, 0,
+            self.owner, Keeper(self.kernel),
+        )  # fmt: skip
 
     def adopt(self, kernel, logged, now_ns):
         """What the timer hands over."""
