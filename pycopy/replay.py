@@ -29,6 +29,7 @@ from pycopy.kernel.heartbeat import Heartbeat
 from pycopy.process import daemon, memory
 from pycopy.process.console import say, while_slow
 from pycopy.process.loop import NEVER_NS, READ, Loop
+from pycopy.process.quiet import until_quiet
 from pycopy.process.signals import Signals
 from pycopy.report.ledger import Ledger
 from pycopy.report.notices import Lapses, Silence
@@ -44,11 +45,8 @@ from pycopy.sources.live import Captures, load_captures
 from pycopy.tap import Tap, Transport, choose_transport, sum_counters
 from pycopy.wire.segment import Segment
 
-#: Records taken from a ring before timers and the other inputs get their turn.
+#: Responses taken from a ring before timers and the other inputs get their turn.
 BATCH = 256
-#: The same from a ring that fills faster than that: what is lifted meanwhile keeps it from
-#: running over.
-BUSY_BATCH = 64
 #: Shortest time between two turns of the loop: what arrives meanwhile is one batch, which
 #: saves a wake-up per segment. It bounds what batching adds to a copy's delay.
 COALESCE_NS = 300_000
@@ -107,6 +105,7 @@ class Replay:
         self._lapses = Lapses(ledger)
         self._targets = [(each.target_addr, each.target_port) for each in config.services]
         self._housekeeping_at = self._look_at = self._changes_seen = self._woken_ns = 0
+        self._busy = self._busy_at = 0
         self._undo = contextlib.ExitStack()
         self._heartbeat = Heartbeat()
         self._loop = Loop(self._heartbeat.beat)
@@ -228,7 +227,7 @@ class Replay:
             find_devices(config.interfaces), services, hook, config.filter, transport,
             config.forwarded, kernel.maps if kernel else None, (config.worker, config.workers),
         )  # fmt: skip
-        return Captures(taps, self._loop, self._on_capture_ring)
+        return Captures(taps, self._loop, self._table.on_client, self._payload_bytes)
 
     def _on_hop_change(self, hop: Hop) -> None:
         for tell in self._hop_listeners:
@@ -249,15 +248,6 @@ class Replay:
         return "fast path on" if not self._fastpath.why_closed else "fast path off for now"
 
     # -- input ----------------------------------------------------------------------------
-
-    def _on_capture_ring(self, tap: Tap, _events: int) -> None:
-        now_ns = time.monotonic_ns()
-        on_client, ring = self._table.on_client, tap.ring
-        ring.lift(self._payload_bytes)
-        for segment, payload in ring.drain(BUSY_BATCH if ring.lifted_bytes else BATCH):
-            on_client(segment, payload, now_ns)
-        if ring.lifted_bytes:
-            self._loop.again(ring.fileno())
 
     def on_response_ring(self, tap: Tap, _events: int) -> None:
         now_ns = time.monotonic_ns()
@@ -320,20 +310,15 @@ class Replay:
         self._captures.detach()
         if self._fastpath is not None:
             self._fastpath.stop(time.monotonic_ns())
-        until_ns = time.monotonic_ns() + DRAIN_NS
-        now_ns = look_ns = time.monotonic_ns()
-        settled_ns = now_ns + SETTLE_NS
-        busy = 0
-        while now_ns < until_ns:
-            if now_ns >= look_ns:
-                look_ns = now_ns + BUSY_NS
-                busy = self._table.busy()
-            if busy or any(tap.ring.pending_bytes() for tap in self._captures.taps):
-                settled_ns = now_ns + SETTLE_NS
-            elif now_ns >= settled_ns:
-                break
-            self._turn(now_ns + SETTLE_NS // 4)
-            now_ns = time.monotonic_ns()
+        until_quiet(self._is_busy, self._turn, DRAIN_NS, SETTLE_NS)
+
+    def _is_busy(self) -> bool:
+        """Whether something is still to be sent or acknowledged, or to be read."""
+        now_ns = time.monotonic_ns()
+        if now_ns >= self._busy_at:
+            self._busy_at = now_ns + BUSY_NS
+            self._busy = self._table.busy()
+        return bool(self._busy) or self._captures.is_unread()
 
     def _turn(self, until_ns: int = NEVER_NS) -> None:
         """Wait for what comes next, but not beyond ``until_ns``, and handle it."""
@@ -372,10 +357,8 @@ class Replay:
 
     def _pending(self) -> bool:
         """Whether a record is unread."""
-        return any(tap.ring.pending_bytes() for tap in self._taps())
-
-    def _taps(self) -> list[Tap]:
-        return [*self._captures.taps, *self._responses.taps]
+        responses = self._responses.taps
+        return self._captures.is_unread() or any(tap.ring.pending_bytes() for tap in responses)
 
     def _send(self) -> None:
         """Claims first: an intercept must know whose the response is before it comes."""
@@ -383,9 +366,7 @@ class Replay:
         outbox = self._table.outbox
         if outbox and self._responses.silenced:
             # Lost on the way, for the sessions: TCP repairs it once the intercept is back.
-            errors = self._ledger.send_errors
-            errors[NO_INTERCEPT] = errors.get(NO_INTERCEPT, 0) + len(outbox)
-            outbox.clear()
+            self._egress.drop(outbox, NO_INTERCEPT)
         elif outbox:
             self._egress.flush(outbox)
 
@@ -426,7 +407,8 @@ class Replay:
         ledger.kernel_capture = sum_counters(self._captures.taps, CaptureCount)
         if responses.taps:
             ledger.kernel_intercept = sum_counters(responses.taps, InterceptCount)
-        ledger.ring_pending_bytes = sum(tap.ring.pending_bytes() for tap in self._taps())
+        taps = (*self._captures.taps, *responses.taps)
+        ledger.ring_pending_bytes = sum(tap.ring.pending_bytes() for tap in taps)
         ledger.active = len(self._table.by_target)
         if self._fastpath is not None:
             self._fastpath.refresh()
@@ -454,9 +436,7 @@ class Replay:
     def _count_rest(self) -> None:
         """What is left in the rings when the run ends still gets its fate."""
         self._table.refuse(Fate.DROPPED_RUN_ENDED)
-        for capture in self._captures.taps:
-            while capture.ring.pending_bytes():
-                self._on_capture_ring(capture, READ)
+        self._captures.read_rest()
         for tap in self._responses.taps:
             while tap.ring.pending_bytes():
                 self.on_response_ring(tap, READ)

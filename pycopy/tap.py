@@ -8,7 +8,7 @@ Tests: tests/bpf/test_live.py
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import IntEnum
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -23,6 +23,9 @@ from pycopy.kernel.ring import Ring
 from pycopy.loader import load
 from pycopy.process.console import say
 from pycopy.wire.segment import Segment
+
+#: Takes a record, the payload of it that was recorded, and the time (CLOCK_MONOTONIC, ns).
+OnSegment = Callable[[Segment, bytes, int], None]
 
 
 class Settings(NamedTuple):

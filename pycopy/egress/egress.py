@@ -45,6 +45,12 @@ class Egress:
         mtu = self._mtu or hop.mtu or 1500
         return mtu - (40 if family_of(target_addr) == 4 else 60)
 
+    def drop(self, outbox: list[Emission], reason: str) -> None:
+        """Count all of ``outbox`` as not sent, and empty it."""
+        errors = self._ledger.send_errors
+        errors[reason] = errors.get(reason, 0) + len(outbox)
+        outbox.clear()
+
     def flush(self, outbox: list[Emission]) -> None:
         """Send and empty ``outbox``."""
         counts, errors = self._ledger.counts, self._ledger.send_errors

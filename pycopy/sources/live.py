@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from functools import partial
 
 from pycopy.host.devices import Device, local_addresses
@@ -11,9 +12,15 @@ from pycopy.kernel.attach import Hook
 from pycopy.kernel.module import Module, make_map
 from pycopy.process.console import say
 from pycopy.process.loop import READ, Loop
-from pycopy.tap import Kept, Settings, Tap, Transport, as_u32, load_tap
+from pycopy.tap import Kept, OnSegment, Settings, Tap, Transport, as_u32, load_tap
 
 Service = tuple[bytes | None, int]
+
+#: Records taken from a ring before timers and the other inputs get their turn.
+BATCH = 256
+#: The same from a ring that fills faster than that: what is lifted meanwhile keeps it from
+#: running over.
+BUSY_BATCH = 64
 
 
 class Capture(Tap):
@@ -113,12 +120,13 @@ class Captures:
     """All taps on clients' segments of a run, as its driver uses them."""
 
     def __init__(
-        self, taps: Sequence[Capture], loop: Loop, on_ring: Callable[[Capture, int], None]
+        self, taps: Sequence[Capture], loop: Loop, on_client: OnSegment, lift_bytes: int
     ) -> None:
-        """``on_ring`` is called with a tap whose ring has something, and takes from it."""
+        """``lift_bytes``: so much may be lifted out of a ring that fills too fast."""
         self.taps = taps
         self._loop = loop
-        self._on_ring = on_ring
+        self._on_client = on_client
+        self._lift_bytes = lift_bytes
 
     def begin(self) -> None:
         """See packets from now on. Raises PycopyError."""
@@ -145,6 +153,25 @@ class Captures:
         for tap in self.taps:
             tap.name_local_addresses()
         return True
+
+    def _on_ring(self, tap: Capture, _events: int = READ) -> None:
+        now_ns = time.monotonic_ns()
+        on_client, ring = self._on_client, tap.ring
+        ring.lift(self._lift_bytes)
+        for segment, payload in ring.drain(BUSY_BATCH if ring.lifted_bytes else BATCH):
+            on_client(segment, payload, now_ns)
+        if ring.lifted_bytes:
+            self._loop.again(ring.fileno())
+
+    def is_unread(self) -> bool:
+        """Whether a ring has something."""
+        return any(tap.ring.pending_bytes() for tap in self.taps)
+
+    def read_rest(self) -> None:
+        """Take what is left in the rings; nothing is added any more."""
+        for tap in self.taps:
+            while tap.ring.pending_bytes():
+                self._on_ring(tap)
 
     def detach(self) -> None:
         """Stop seeing packets; what is in the rings stays readable."""

@@ -36,7 +36,7 @@ def test_one_closer_that_fails_does_not_skip_the_rest():
             closed.append(self)
             raise OSError("it does not close")
 
-    replay._attached.callback(Captures([Broken(), Broken()], Loop(), print).close)
+    replay._attached.callback(Captures([Broken(), Broken()], Loop(), print, 0).close)
     with pytest.raises(OSError, match="does not close"):
         replay.close()
     assert len(closed) == 2
