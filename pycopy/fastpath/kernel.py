@@ -16,7 +16,7 @@ from pycopy.fastpath.handover import Logged, unfinished
 from pycopy.fastpath.maps import Maps
 from pycopy.host.nexthop import Hop
 from pycopy.kernel import abi, objects, syscall
-from pycopy.kernel.abi import FastCount, KernelSession, LogRecord
+from pycopy.kernel.abi import FastConfig, FastCount, HopEntry, KernelSession, LogRecord
 from pycopy.kernel.module import Module
 from pycopy.session.addresses import Network, first_host, usable_hosts
 from pycopy.session.leaving import Leaving
@@ -51,7 +51,7 @@ class KernelSessions:
         self._by_name = self.maps.by_name
         self._module: Module | None = None
         self._timer: syscall.RepeatedRun | None = None
-        self._config = list(abi.FAST_CONFIG.unpack(bytes(abi.FAST_CONFIG.size)))
+        self._config = FastConfig()
         #: Slots of sessions that user space has fetched, by the key towards the target.
         self._fetched: dict[bytes, tuple[int, int]] = {}
         #: Connections online whose session is over, still entered as user space's own.
@@ -86,25 +86,27 @@ class KernelSessions:
 
     def configure(self, rules: Rules) -> None:
         """The times and choices of the run."""
-        self._config[1:10] = [
-            rules.quiet_ns, rules.quiet_max_ns, rules.delayed_ack_ns, rules.rto_initial_ns,
-            rules.rto_min_ns, rules.rto_max_ns, rules.time_wait_ns,
-            rules.response_idle_ns, rules.idle_ns,
-        ]  # fmt: skip
-        self._config[10] = rules.timestamp_origin
-        self._config[12] = int(rules.wait_for_response)
-        self._write_config()
+        self._write_config(
+            self._config._replace(
+                quiet_ns=rules.quiet_ns, quiet_max_ns=rules.quiet_max_ns,
+                delayed_ack_ns=rules.delayed_ack_ns, rto_initial_ns=rules.rto_initial_ns,
+                rto_min_ns=rules.rto_min_ns, rto_max_ns=rules.rto_max_ns,
+                time_wait_ns=rules.time_wait_ns, response_idle_ns=rules.response_idle_ns,
+                idle_ns=rules.idle_ns, timestamp_origin=rules.timestamp_origin,
+                wait_for_response=int(rules.wait_for_response),
+            )
+        )  # fmt: skip
 
     def use_ports(self, ports: list[int]) -> None:
         """Copies leave from our own address, from these ports in turn."""
         table = self._by_name["ports"]
         for index, port in enumerate(ports):
             table.update(index.to_bytes(4, "little"), _PORT.pack(port))
-        self._config[13] = len(ports)
-        self._write_config()
+        self._write_config(self._config._replace(ports=len(ports)))
 
     def use_pool(self, networks: Sequence[Network]) -> None:
         """Copies leave from addresses of these, as :class:`PooledAddresses` chooses them."""
+        sizes = []
         for index, family in enumerate((4, 6)):
             of_family = [net for net in networks if net.version == family]
             first = index * (abi.POOL_NETWORKS + 1)
@@ -115,8 +117,8 @@ class KernelSessions:
                 # Further than a hash of 32 bits reaches.
                 before = min(before + usable_hosts(network), 1 << 32)
             self._put_pool(first + len(of_family), 0, 0, before)
-            self._config[14 + index] = len(of_family)
-        self._write_config()
+            sizes.append(len(of_family))
+        self._write_config(self._config._replace(pool4=sizes[0], pool6=sizes[1]))
 
     def _put_pool(self, index: int, high: int, low: int, before: int) -> None:
         value = abi.POOL.pack(high, low, before)
@@ -124,9 +126,8 @@ class KernelSessions:
 
     def set_closed(self, closed: bool) -> None:
         """Whether the kernel opens no sessions: user space says why, segment by segment."""
-        if self._config[11] != int(closed):
-            self._config[11] = int(closed)
-            self._write_config()
+        if self._config.closed != int(closed):
+            self._write_config(self._config._replace(closed=int(closed)))
 
     def accept(self, families: frozenset[int]) -> None:
         """Take back sessions towards targets of these IP versions only."""
@@ -134,22 +135,22 @@ class KernelSessions:
 
     def set_clock(self, now_ns: int) -> None:
         """For tests: the time of all programs."""
-        self._config[0] = now_ns
-        self._write_config()
+        self._write_config(self._config._replace(now_ns=now_ns))
 
-    def _write_config(self) -> None:
-        self._by_name["config"].update(_ZERO, abi.FAST_CONFIG.pack(*self._config))
+    def _write_config(self, config: FastConfig) -> None:
+        self._config = config
+        self._by_name["config"].update(_ZERO, abi.FAST_CONFIG.pack(*config))
 
     def set_hop(
         self, service: int, hop: Hop, family: int, port: int, mss: int, allowed: bool = True
     ) -> None:
         """The way to a service's target; not usable: its sessions leave the kernel."""
         usable = allowed and hop.usable and len(hop.l2) == 14
-        value = abi.HOP.pack(
-            hop.ifindex, int(usable), family, mss, hop.l2[:14], _PORT.pack(port), hop.source,
-            hop.destination,
+        entry = HopEntry(
+            ifindex=hop.ifindex, usable=int(usable), family=family, mss=mss, l2=hop.l2[:14],
+            target_port=_PORT.pack(port), source=hop.source, target=hop.destination,
         )  # fmt: skip
-        self._by_name["hops"].update(service.to_bytes(4, "little"), value)
+        self._by_name["hops"].update(service.to_bytes(4, "little"), abi.HOP.pack(*entry))
 
     # -- sessions change hands ------------------------------------------------------------
 

@@ -54,11 +54,13 @@ class Relay:
         hop = self.hop
         if not hop.usable or len(hop.l2) != 14:
             return b""
-        return abi.RELAY_ENTRY.pack(
-            self.hello.cookie, hop.ifindex, family_of(hop.destination), 0, hop.l2,
-            _packed(self.ours), hop.destination, _PORT.pack(self.ours[1]),
-            _PORT.pack(self.hello.relay_port),
+        entry = abi.RelayEntry(
+            cookie=self.hello.cookie, ifindex=hop.ifindex, family=family_of(hop.destination),
+            reserved=0, l2=hop.l2, source=_packed(self.ours), destination=hop.destination,
+            source_port=_PORT.pack(self.ours[1]),
+            destination_port=_PORT.pack(self.hello.relay_port),
         )  # fmt: skip
+        return abi.RELAY_ENTRY.pack(*entry)
 
     def probe(self) -> bytes:
         """A datagram (``struct pycopy_datagram``) that only shows that the way is open."""

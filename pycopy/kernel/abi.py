@@ -87,9 +87,23 @@ CLAIM_KEY = struct.Struct("<I16s")
 
 RELAYS = 64
 
-#: ``struct pycopy_relay``: cookie, ifindex, family, reserved, l2, source and destination
-#: address, source and destination port (network order).
+#: ``struct pycopy_relay``, see :class:`RelayEntry`.
 RELAY_ENTRY = struct.Struct("<QIBB14s16s16s2s2s")
+
+
+class RelayEntry(NamedTuple):
+    """The way to one replay: where datagrams go, and from where; ports in network order."""
+
+    cookie: int
+    ifindex: int
+    family: int
+    reserved: int
+    l2: bytes
+    source: bytes
+    destination: bytes
+    source_port: bytes
+    destination_port: bytes
+
 
 RELAYED_SEGMENT, PROBE = 1, 2
 
@@ -226,12 +240,47 @@ LOG_CPU_SHIFT = 48
 LOG_PAYLOAD = 65536
 LOG_ROOM = LOG_PAYLOAD + 9216 + 1024
 
-#: ``struct pycopy_hop``: ifindex, usable, family, mss, l2, port (network order), source, target.
+#: ``struct pycopy_hop``, see :class:`HopEntry`.
 HOP = struct.Struct("<IBBH14s2s16s16s")
 
-#: ``struct pycopy_fast_config``: ten times in nanoseconds, then origin, closed, wait, ports,
-#: and how many networks the pool has of each family.
+
+class HopEntry(NamedTuple):
+    """The way to a service's target; its port in network order."""
+
+    ifindex: int
+    usable: int
+    family: int
+    mss: int
+    l2: bytes
+    target_port: bytes
+    source: bytes
+    target: bytes
+
+
+#: ``struct pycopy_fast_config``, see :class:`FastConfig`.
 FAST_CONFIG = struct.Struct("<10Q6I")
+
+
+class FastConfig(NamedTuple):
+    """The times and choices of a run; times in nanoseconds, as in pycopy/session/rules.py."""
+
+    now_ns: int = 0  #: a test's clock; 0: the kernel's
+    quiet_ns: int = 0
+    quiet_max_ns: int = 0
+    delayed_ack_ns: int = 0
+    rto_initial_ns: int = 0
+    rto_min_ns: int = 0
+    rto_max_ns: int = 0
+    time_wait_ns: int = 0
+    response_idle_ns: int = 0
+    idle_ns: int = 0
+    timestamp_origin: int = 0
+    closed: int = 0  #: not zero: no session is opened
+    wait_for_response: int = 0
+    ports: int = 0  #: how many are in map "ports"; 0: the client's own
+    pool4: int = 0  #: how many networks of each family are in map "pool"
+    pool6: int = 0
+
 
 POOL_NETWORKS = 16
 #: ``struct pycopy_pool``: upper and lower half of the first host, hosts before it.

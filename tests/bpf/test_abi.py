@@ -157,20 +157,9 @@ def test_constants(tmp_path):
 
 # -- sessions that the kernel keeps -------------------------------------------------------------
 
-HOP = ("ifindex", "usable", "family", "mss", "l2", "target_port", "source", "target")
-FAST_CONFIG = (
-    "now_ns", "quiet_ns", "quiet_max_ns", "delayed_ack_ns", "rto_initial_ns", "rto_min_ns",
-    "rto_max_ns", "time_wait_ns", "response_idle_ns", "idle_ns", "timestamp_origin", "closed",
-    "wait_for_response", "ports", "pool4", "pool6",
-)  # fmt: skip
-RELAY_ENTRY = (
-    "cookie", "ifindex", "family", "reserved", "l2", "source", "destination", "source_port",
-    "destination_port",
-)  # fmt: skip
-
 
 def test_relay_and_datagram(tmp_path):
-    check_layout(tmp_path, "pycopy_relay", abi.RELAY_ENTRY, RELAY_ENTRY)
+    check_layout(tmp_path, "pycopy_relay", abi.RELAY_ENTRY, abi.RelayEntry._fields)
     packed = struct.Struct(f"{abi.DATAGRAM_HEAD.format}{SEGMENT_BYTES}s")
     check_layout(
         tmp_path, "pycopy_datagram", packed, ("cookie", "junk", "kind", "reserved", "segment")
@@ -200,11 +189,11 @@ def test_log(tmp_path):
 
 
 def test_hop(tmp_path):
-    check_layout(tmp_path, "pycopy_hop", abi.HOP, HOP)
+    check_layout(tmp_path, "pycopy_hop", abi.HOP, abi.HopEntry._fields)
 
 
 def test_fast_config(tmp_path):
-    check_layout(tmp_path, "pycopy_fast_config", abi.FAST_CONFIG, FAST_CONFIG)
+    check_layout(tmp_path, "pycopy_fast_config", abi.FAST_CONFIG, abi.FastConfig._fields)
 
 
 def test_command(tmp_path):
@@ -218,8 +207,8 @@ def test_structs_of_the_kernels_sessions_have_no_padding():
     for packed, names in (
         (abi.KERNEL_SESSION, abi.KernelSession._fields),
         (abi.LOG_RECORD, abi.LogRecord._fields),
-        (abi.HOP, HOP),
-        (abi.FAST_CONFIG, FAST_CONFIG),
+        (abi.HOP, abi.HopEntry._fields),
+        (abi.FAST_CONFIG, abi.FastConfig._fields),
     ):
         assert sum(width for _, width in layout(packed, names).values()) == packed.size
 

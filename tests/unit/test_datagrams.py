@@ -80,7 +80,9 @@ def test_what_is_not_heard_within_a_second_is_not_waited_for():
     assert bench.judge() is PROBING
     bench.now_ns += 1
     assert bench.judge() is OFF
-    assert bench.datagrams.why == "nothing arrives from intercept i0 on UDP port 36524 (a firewall?)"
+    assert (
+        bench.datagrams.why == "nothing arrives from intercept i0 on UDP port 36524 (a firewall?)"
+    )
 
 
 def test_one_that_is_not_heard_any_more_turns_all_off(two):
