@@ -1,7 +1,7 @@
 """``pycopy intercept``: swallow the target's responses, hand their headers to the replays.
 
 The driver: choose the placement, load and attach, wire ring to channel, end in order. What
-is swallowed is claims.py's to say, what goes past the channel relays.py's, who gets the rest
+is swallowed is verdicts.py's to say, what goes past the channel relays.py's, who gets the rest
 the channel's, and nothing here looks into a record. Everything that needs undoing is on one
 exit stack, detaching first.
 """
@@ -19,7 +19,7 @@ from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
 from pycopy.host.devices import Device, find_devices, local_addresses
 from pycopy.interception import placement
 from pycopy.interception.relays import Relays
-from pycopy.interception.verdicts import Claims, ClaimsFull, describe
+from pycopy.interception.verdicts import NoRoom, Verdicts, describe
 from pycopy.kernel.abi import PASS, InterceptCount
 from pycopy.kernel.attach import Hook
 from pycopy.kernel.heartbeat import Heartbeat
@@ -112,10 +112,10 @@ class Intercept:
         )
         for device in devices:
             self._attach(device, _HOOKS[self._place, config.hook])
-        self._claims = Claims([_claims_of(tap) for tap in self._taps])
-        self._claims.pass_addresses(own)
-        self._claims.pass_networks(config.pass_nets)
-        self._relays = Relays(self._loop, self._claims, self._server.tell_relaying, _log)
+        self._verdicts = Verdicts([_verdicts_of(tap) for tap in self._taps])
+        self._verdicts.pass_addresses(own)
+        self._verdicts.pass_networks(config.pass_nets)
+        self._relays = Relays(self._loop, self._verdicts, self._server.tell_relaying, _log)
         self._stack.callback(self._relays.close)
         for tap in self._taps:
             self._put_to_use(tap)
@@ -157,7 +157,7 @@ class Intercept:
             )
 
     def _look_again(self) -> None:
-        """The target's service may have been started after us: then its answers leave here."""
+        """The target's service may have been started after us: then its responses leave here."""
         config = self._config
         if config.placement != "auto" or self._place is Placement.TARGET:
             return
@@ -176,7 +176,7 @@ class Intercept:
         except PycopyError as error:
             _log(f"its answers are not intercepted: {error}")
         for tap in self._taps[before:]:
-            self._claims.add(_claims_of(tap))
+            self._verdicts.add(_verdicts_of(tap))
             self._put_to_use(tap)
 
     def _put_to_use(self, tap: Tap) -> None:
@@ -289,17 +289,17 @@ class Intercept:
     def _on_hello(self, hello: Hello, name: str) -> None:
         self._look_again()
         try:
-            passing = self._claims.claim_ranges(hello.ranges)
-        except ClaimsFull as error:
+            passing = self._verdicts.claim_ranges(hello.ranges)
+        except NoRoom as error:
             raise Refusal(str(error)) from None
         what = ", ".join(describe(item) for item in hello.ranges)
         for item in passing:
             _log(f"{describe(item)} of replay {name} passes: it is this host's own, or in --pass")
         if not hello.ranges:
             what = "its clients one by one"
-            if self._claims.default == PASS:
+            if self._verdicts.default == PASS:
                 _log("from now on every response that is not in --pass is swallowed")
-            self._claims.claim_strangers()
+            self._verdicts.claim_strangers()
         _log(f"replay {name} (pycopy {hello.version}) claims {what}")
 
     # --- ledger ---
@@ -346,7 +346,7 @@ def run(config: InterceptConfig) -> int:
         return Intercept(config, stack).run()
 
 
-def _claims_of(tap: Tap) -> tuple[Map, Map]:
+def _verdicts_of(tap: Tap) -> tuple[Map, Map]:
     return tap.module.maps["claims"], tap.module.maps["claims_default"]
 
 

@@ -27,8 +27,8 @@ from pycopy.channel.codec import (
     Hello,
     Ping,
     Pong,
-    Progress,
     ProtocolError,
+    Records,
     Refuse,
     Relay,
     Relaying,
@@ -237,7 +237,7 @@ class InterceptClient:
 
     def on_frame(self, stream: FrameStream, frame: Frame) -> None:
         """Take in a frame of the intercept; ProtocolError: its records cannot be responses."""
-        if isinstance(frame, Progress):
+        if isinstance(frame, Records):
             records: list[Segment] = list(map(_new_segment, SEGMENT.iter_unpack(frame.records)))
             for segment in records:
                 if segment.kind not in _KINDS or segment.sack_blocks > _MAX_SACK_BLOCKS:

@@ -51,7 +51,7 @@ class Type(IntEnum):
     HELLO = 1
     WELCOME = 2
     REFUSE = 3
-    PROGRESS = 4
+    RECORDS = 4
     CLAIM = 5
     RELEASE = 6
     PING = 7
@@ -139,7 +139,7 @@ class Refuse(NamedTuple):
         return _frame(Type.REFUSE, self.text.encode()[:MAX_TEXT_BYTES])
 
 
-class Progress(NamedTuple):
+class Records(NamedTuple):
     """Records for this replay. ``total`` counts every record that ever was for it on this
     connection, up to and including these: what ``total`` says beyond what has arrived was
     dropped by the intercept because the replay was too slow."""
@@ -149,7 +149,7 @@ class Progress(NamedTuple):
 
     def encode(self) -> bytes:
         """The whole frame: ``total``, then the records, SEGMENT_BYTES each, MAX_RECORDS at most."""
-        return _frame(Type.PROGRESS, _TOTAL.pack(self.total) + self.records)
+        return _frame(Type.RECORDS, _TOTAL.pack(self.total) + self.records)
 
 
 class Claim(NamedTuple):
@@ -186,7 +186,7 @@ class Taken(NamedTuple):
 
 
 class Ping(NamedTuple):
-    """``total`` as in :class:`Progress` (0 from a replay), so that a quiet channel is exact too."""
+    """``total`` as in :class:`Records` (0 from a replay), so that a quiet channel is exact too."""
 
     total: int
 
@@ -225,7 +225,7 @@ class Relay(NamedTuple):
         return _frame(Type.RELAY, _RELAYING.pack(self.relaying))
 
 
-Frame = Hello | Welcome | Refuse | Progress | Claim | Release | Taken | Ping | Pong | Bye | Relay
+Frame = Hello | Welcome | Refuse | Records | Claim | Release | Taken | Ping | Pong | Bye | Relay
 
 #: Per type: fixed bytes, bytes of one repeated unit (0: none), fewest and most units.
 _SHAPE: dict[Type, tuple[int, int, int, int]] = {
@@ -233,7 +233,7 @@ _SHAPE: dict[Type, tuple[int, int, int, int]] = {
     Type.HELLO: (_GREETING.size, 1, 0, _HELLO_REST.size + MAX_RANGES * CLAIM_KEY.size),
     Type.WELCOME: (_GREETING.size, 1, 0, 256),
     Type.REFUSE: (0, 1, 0, MAX_TEXT_BYTES),
-    Type.PROGRESS: (_TOTAL.size, SEGMENT_BYTES, 0, MAX_RECORDS),
+    Type.RECORDS: (_TOTAL.size, SEGMENT_BYTES, 0, MAX_RECORDS),
     Type.CLAIM: (0, KEY.size, 1, MAX_KEYS),
     Type.RELEASE: (0, KEY.size, 1, MAX_KEYS),
     Type.TAKEN: (0, KEY.size, 1, MAX_KEYS),
@@ -244,7 +244,7 @@ _SHAPE: dict[Type, tuple[int, int, int, int]] = {
 }
 
 FROM_REPLAY = frozenset({Type.CLAIM, Type.RELEASE, Type.PING, Type.PONG, Type.BYE, Type.RELAY})
-FROM_INTERCEPT = frozenset({Type.PROGRESS, Type.TAKEN, Type.PING, Type.PONG, Type.BYE, Type.RELAY})
+FROM_INTERCEPT = frozenset({Type.RECORDS, Type.TAKEN, Type.PING, Type.PONG, Type.BYE, Type.RELAY})
 FIRST_FROM_REPLAY = frozenset({Type.HELLO})
 FIRST_FROM_INTERCEPT = frozenset({Type.WELCOME, Type.REFUSE})
 
@@ -378,7 +378,7 @@ _DECODE: dict[Type, Callable[[bytes], Frame]] = {
     Type.HELLO: _decode_hello,
     Type.WELCOME: _decode_welcome,
     Type.REFUSE: lambda payload: Refuse(printable(payload.decode(errors="replace"))),
-    Type.PROGRESS: lambda payload: Progress(_TOTAL.unpack_from(payload)[0], payload[_TOTAL.size :]),
+    Type.RECORDS: lambda payload: Records(_TOTAL.unpack_from(payload)[0], payload[_TOTAL.size :]),
     Type.CLAIM: lambda payload: Claim(_keys(payload)),
     Type.RELEASE: lambda payload: Release(_keys(payload)),
     Type.TAKEN: lambda payload: Taken(_keys(payload)),

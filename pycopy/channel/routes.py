@@ -1,7 +1,7 @@
 """Whose response is it: ranges and claimed sessions of all connected replays.
 
 Knows keys, addresses and tokens for replays; neither sockets nor the kernel's claims (what
-is swallowed is claims.py's business, and outlives the replay that asked for it).
+is swallowed is verdicts.py's business, and outlives the replay that asked for it).
 """
 
 from collections.abc import Iterable
@@ -15,22 +15,22 @@ MAX_CLAIMS = 1_000_000
 #: Destinations whose range has been looked up already.
 _MAX_KNOWN = 65536
 
-Replay = TypeVar("Replay")
+Peer = TypeVar("Peer")
 
 
-class Routes(Generic[Replay]):
+class Routes(Generic[Peer]):
     """The server's hot path reads ``by_addr``, ``claims`` and ``per_session`` itself."""
 
     def __init__(self, max_claims: int = MAX_CLAIMS) -> None:
         self._max_claims = max_claims
-        self._ranges: dict[Range, tuple[Replay, ...]] = {}
-        self._claimed: dict[Replay, int] = {}
+        self._ranges: dict[Range, tuple[Peer, ...]] = {}
+        self._claimed: dict[Peer, int] = {}
         #: Destination address to the replays with the longest range around it (maybe none).
-        self.by_addr: dict[bytes, tuple[Replay, ...]] = {}
+        self.by_addr: dict[bytes, tuple[Peer, ...]] = {}
         #: Session key to the replay that claimed it first.
-        self.claims: dict[bytes, Replay] = {}
+        self.claims: dict[bytes, Peer] = {}
         #: Replays without ranges: what nobody claims may be any of theirs.
-        self.per_session: tuple[Replay, ...] = ()
+        self.per_session: tuple[Peer, ...] = ()
         self.evicted = 0
         #: Claims of what was another replay's.
         self.refused = 0
@@ -40,7 +40,7 @@ class Routes(Generic[Replay]):
         """True while any replay that is connected has named ranges."""
         return bool(self._ranges)
 
-    def add(self, replay: Replay, ranges: Iterable[Range]) -> None:
+    def add(self, replay: Peer, ranges: Iterable[Range]) -> None:
         """A replay is here: its ``ranges``, or none if it claims session by session."""
         ranges = tuple(dict.fromkeys(ranges))
         for item in ranges:
@@ -50,7 +50,7 @@ class Routes(Generic[Replay]):
         self._claimed[replay] = 0
         self.by_addr.clear()
 
-    def remove(self, replay: Replay) -> None:
+    def remove(self, replay: Peer) -> None:
         """A replay is gone: forget its ranges and its claims."""
         for item, owners in list(self._ranges.items()):
             rest = tuple(owner for owner in owners if owner is not replay)
@@ -65,7 +65,7 @@ class Routes(Generic[Replay]):
             for key in [key for key, owner in self.claims.items() if owner is replay]:
                 del self.claims[key]
 
-    def claim(self, replay: Replay, keys: Iterable[bytes]) -> list[bytes]:
+    def claim(self, replay: Peer, keys: Iterable[bytes]) -> list[bytes]:
         """Returns those keys that are another replay's, and remain so.
 
         The clients of two online hosts may well have the same address and port; the target
@@ -80,7 +80,7 @@ class Routes(Generic[Replay]):
             self._evict()
         return taken
 
-    def release(self, replay: Replay, keys: Iterable[bytes]) -> None:
+    def release(self, replay: Peer, keys: Iterable[bytes]) -> None:
         """Forget these claims (keys of 36 bytes), as far as they are this replay's."""
         claims = self.claims
         for key in keys:
@@ -88,13 +88,13 @@ class Routes(Generic[Replay]):
                 del claims[key]
                 self._claimed[replay] -= 1
 
-    def owners_by_range(self, addr: bytes) -> tuple[Replay, ...]:
+    def owners_by_range(self, addr: bytes) -> tuple[Peer, ...]:
         """The replays with the longest range around ``addr`` (16 bytes); empty: there is none.
 
         Remembered in ``by_addr``, because a destination is asked for many times.
         """
         number = int.from_bytes(addr, "big")
-        best: tuple[Replay, ...] = ()
+        best: tuple[Peer, ...] = ()
         longest = -1
         for (start, bits), owners in self._ranges.items():
             shift = 128 - bits

@@ -23,8 +23,8 @@ from pycopy.channel.codec import (
     Frame,
     Hello,
     Placement,
-    Progress,
     ProtocolError,
+    Records,
     Refuse,
     Relay,
     Relaying,
@@ -82,7 +82,7 @@ class Refusal(Exception):
     """Raised by ``on_hello``: this replay cannot be served, and why."""
 
 
-class Replay(FrameStream):
+class Peer(FrameStream):
     """A connection, and what the intercept keeps about the replay behind it."""
 
     __slots__ = ("batch", "dropped", "instance", "name", "ranged", "room")
@@ -112,9 +112,9 @@ class ChannelServer:
         instance: int,
         on_hello: Callable[[Hello, str], None],
         log: Callable[[str], None],
-        on_welcome: Callable[["Replay", Hello], Relaying] = lambda replay, hello: Relaying.OFF,
-        on_relay: Callable[["Replay", Relaying], None] = lambda replay, wanted: None,
-        on_leave: Callable[["Replay"], None] = lambda replay: None,
+        on_welcome: Callable[["Peer", Hello], Relaying] = lambda replay, hello: Relaying.OFF,
+        on_relay: Callable[["Peer", Relaying], None] = lambda replay, wanted: None,
+        on_leave: Callable[["Peer"], None] = lambda replay: None,
     ) -> None:
         """``on_welcome`` says whether the replay's responses are relayed, ``on_relay`` hears
         whether it wants that; a change is for :meth:`tell_relaying`."""
@@ -129,9 +129,9 @@ class ChannelServer:
         self._complained_ns = 0
         self._complaints_unsaid = 0
         self._closing = False
-        self._strangers: dict[Replay, None] = {}
-        self._replays: dict[Replay, None] = {}
-        self.routes: Routes[Replay] = Routes()
+        self._strangers: dict[Peer, None] = {}
+        self._replays: dict[Peer, None] = {}
+        self.routes: Routes[Peer] = Routes()
         self.fates = [0] * len(Fate)
         self.visits = [0] * len(Visit)
         #: Copies for replays that have gone: made, sent, dropped because slow, lost unsent.
@@ -150,7 +150,7 @@ class ChannelServer:
         for replay in self._replays:
             replay.room = MAX_UNSENT_BYTES - replay.unsent_bytes
         for record in records:
-            replays: tuple[Replay, ...] | None = None
+            replays: tuple[Peer, ...] | None = None
             fate = Fate.TO_RANGE
             if has_ranges:
                 addr = record[_KEY_AT:_ADDR_END]
@@ -184,13 +184,13 @@ class ChannelServer:
             if replay.batch:
                 self._send_batch(replay)
 
-    def _send_batch(self, replay: Replay) -> None:
+    def _send_batch(self, replay: Peer) -> None:
         batch = replay.batch
         for at in range(0, len(batch), MAX_RECORDS):
             piece = batch[at : at + MAX_RECORDS]
             # What was dropped in this turn is told by the first frame already.
             to_come = len(batch) - at - len(piece)
-            frame = Progress(replay.total - to_come, b"".join(piece))
+            frame = Records(replay.total - to_come, b"".join(piece))
             replay.send(frame.encode(), len(piece))
         batch.clear()
         replay.flush()
@@ -211,11 +211,11 @@ class ChannelServer:
             self._show_out(next(iter(self._strangers)), Visit.NO_HELLO, "")
         host = address[0].removeprefix("::ffff:")
         name = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
-        self._strangers[Replay(sock, self._loop, self, name)] = None
+        self._strangers[Peer(sock, self._loop, self, name)] = None
 
     def on_frame(self, stream: FrameStream, frame: Frame) -> None:
         """Take in a frame of a peer; raises ProtocolError for what it may not say."""
-        assert isinstance(stream, Replay)
+        assert isinstance(stream, Peer)
         if self._closing and not isinstance(frame, Bye):
             return
         if isinstance(frame, Claim | Release):
@@ -238,7 +238,7 @@ class ChannelServer:
 
     def on_lost(self, stream: FrameStream, reason: str) -> None:
         """A peer's connection is gone (``reason`` is for the log)."""
-        assert isinstance(stream, Replay)
+        assert isinstance(stream, Peer)
         if stream in self._strangers:
             self._show_out(stream, Visit.NO_HELLO, "")
             self._complain(f"{stream.name} connected but said no HELLO: {reason}")
@@ -250,11 +250,11 @@ class ChannelServer:
 
     def on_garbage(self, stream: FrameStream, error: ProtocolError) -> None:
         """A peer is no pycopy replay: tell it, and close."""
-        assert isinstance(stream, Replay)
+        assert isinstance(stream, Peer)
         self._show_out(stream, Visit.GARBAGE, f"this is a pycopy intercept; {error}")
         self._complain(f"{stream.name} does not speak the pycopy channel, closed: {error}")
 
-    def _welcome(self, replay: Replay, hello: Hello) -> None:
+    def _welcome(self, replay: Peer, hello: Hello) -> None:
         if (hello.protocol, hello.abi) != (PROTOCOL, ABI_VERSION):
             text = version_mismatch("replay", hello, "intercept")
             self._show_out(replay, Visit.OTHER_VERSION, text)
@@ -282,12 +282,12 @@ class ChannelServer:
         replay.send(Welcome(self._instance, self._placement, relaying).encode())
         replay.flush()
 
-    def tell_relaying(self, replay: Replay, relaying: Relaying) -> None:
+    def tell_relaying(self, replay: Peer, relaying: Relaying) -> None:
         """Whether its responses come as datagrams has changed."""
         replay.send(Relay(relaying).encode())
         replay.flush()
 
-    def _show_out(self, replay: Replay, visit: Visit, refusal: str) -> None:
+    def _show_out(self, replay: Peer, visit: Visit, refusal: str) -> None:
         self.visits[visit] += 1
         self._strangers.pop(replay, None)
         if replay in self._replays:

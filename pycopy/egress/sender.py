@@ -37,7 +37,7 @@ _UNFIT = {
 }
 
 
-class Egress(Protocol):
+class HasIfindex(Protocol):
     """What is asked of a next hop."""
 
     ifindex: int
@@ -60,7 +60,7 @@ class Sender:
         self._waited.clear()
 
     def send(
-        self, hop: Egress, header: memoryview | bytes, payload: bytes | memoryview | None = None
+        self, hop: HasIfindex, header: memoryview | bytes, payload: bytes | memoryview | None = None
     ) -> int:
         """Send one frame or super-segment through ``hop``'s interface; 0 or an errno.
 
@@ -76,7 +76,7 @@ class Sender:
             return self._failed(hop.ifindex, header, payload, problem.errno or errno.EIO)
         return 0
 
-    def open(self, hop: Egress) -> None:
+    def open(self, hop: HasIfindex) -> None:
         """Open the socket for ``hop`` now, so that an unfit host shows at start-up.
 
         An interface that is not there is no such thing: send() will count it.

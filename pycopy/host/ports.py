@@ -3,7 +3,7 @@
 Outside the kernel's ephemeral range, so that no connection of this host is ever given one;
 well above the registered services; and none that any socket of this host uses now, or that
 is copied: what the target answers to one would be captured as a client's. They are not
-bound: a production service that starts later and wants one must get it, and only answers of
+bound: a production service that starts later and wants one must get it, and only responses of
 the targets themselves to these ports are ever swallowed.
 """
 

@@ -1,6 +1,6 @@
 """Assistant or target: where is this intercept, judged by what its filter would select.
 
-The same command line works on both: if the expression selects the answers of a service
+The same command line works on both: if the expression selects the responses of a service
 that listens on this very host, the host is the target; else responses are routed to it.
 Only looks; what follows from the placement is intercept.py's business.
 """
@@ -144,7 +144,7 @@ def _named_addresses(expression: str) -> Iterator[bytes]:
 
 
 def _syn_ack(source: bytes, source_port: int, client: bytes) -> bytes:
-    """A frame as the service's first answer would be; checksums are nobody's concern here."""
+    """A frame as the service's first response would be; checksums are nobody's concern here."""
     tcp = struct.pack("!HHIIBBHHH", source_port, _CLIENT_PORT, 1, 1, 0x50, 0x12, 65535, 0, 0)
     if source[:12] == MAPPED_PREFIX:
         header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp), 0, 0x4000, 64, 6, 0)

@@ -4,7 +4,7 @@ A replay that asks for it (HELLO) gets a relay: an entry of the programs' map ``
 way there is followed like a target's, and a probe goes along it once a second. While the
 replay says that they arrive, the claims on its responses point to the entry; a firewall in
 between shows there by their absence. Everybody else gets records over the channel. What a
-claim is, claims.py knows; what is in a datagram, the programs (bpf/relay.h).
+claim is, verdicts.py knows; what is in a datagram, the programs (bpf/relay.h).
 """
 
 import contextlib
@@ -15,9 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 from pycopy.channel import Hello, Range, Relaying
-from pycopy.channel.server import Replay
+from pycopy.channel.server import Peer
 from pycopy.host.nexthop import Hop, NextHops
-from pycopy.interception.verdicts import Claims, Table
+from pycopy.interception.verdicts import VerdictMap, Verdicts
 from pycopy.kernel import abi
 from pycopy.process.loop import READ, Loop
 from pycopy.wire.address import family_of, map_address
@@ -72,17 +72,17 @@ class Relays:
     """The relays of all replays; ``tell``: a replay's responses begin or cease to be relayed."""
 
     def __init__(
-        self, loop: Loop, claims: Claims, tell: Callable[[Replay, Relaying], None],
+        self, loop: Loop, verdicts: Verdicts, tell: Callable[[Peer, Relaying], None],
         log: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._loop = loop
-        self._claims = claims
+        self._verdicts = verdicts
         self._tell = tell
         self._log = log
         #: The map ``relays`` of each program that can relay: at XDP, or on bare IP, none can.
-        self._maps: list[Table] = []
-        self._ranges: dict[Replay, tuple[Range, ...]] = {}
-        self._relays: dict[Replay, Relay] = {}
+        self._maps: list[VerdictMap] = []
+        self._ranges: dict[Peer, tuple[Range, ...]] = {}
+        self._relays: dict[Peer, Relay] = {}
         #: Probes leave from the address and port that datagrams have.
         self._sockets: dict[tuple[Any, ...], socket.socket] = {}
         self._hops: NextHops | None = None
@@ -92,7 +92,7 @@ class Relays:
 
     # -- programs -------------------------------------------------------------------------
 
-    def add_map(self, relays: Table) -> None:
+    def add_map(self, relays: VerdictMap) -> None:
         """One more program's map ``relays``."""
         self._maps.append(relays)
         for relay in self._relays.values():
@@ -101,7 +101,7 @@ class Relays:
 
     # -- replays --------------------------------------------------------------------------
 
-    def welcome(self, replay: Replay, hello: Hello) -> Relaying:
+    def welcome(self, replay: Peer, hello: Hello) -> Relaying:
         """A replay is here: whether its responses may be relayed."""
         self._ranges[replay] = hello.ranges
         if hello.relay_port and self._maps:
@@ -113,14 +113,14 @@ class Relays:
         self._send_probe(relay)
         return relay.state
 
-    def want(self, replay: Replay, wanted: Relaying) -> None:
+    def want(self, replay: Peer, wanted: Relaying) -> None:
         """The replay gets our probes, or does not any more."""
         relay = self._relays.get(replay)
         if relay is not None:
             relay.wanted = wanted is Relaying.ON
             self._refresh()
 
-    def _make(self, replay: Replay, hello: Hello) -> None:
+    def _make(self, replay: Peer, hello: Hello) -> None:
         used = {relay.number for relay in self._relays.values()}
         number = next(number for number in range(abi.RELAYS) if number not in used)
         try:
@@ -135,18 +135,18 @@ class Relays:
         hop = self._hops.resolve(_packed(peer))
         self._relays[replay] = Relay(number, hello, hop, ours, peer)
 
-    def leave(self, replay: Replay) -> None:
+    def leave(self, replay: Peer) -> None:
         """A replay is gone: what still comes for it goes into the ring."""
         if self._closed:
             return
         ranges = self._ranges.pop(replay, ())
         relay = self._relays.pop(replay, None)
-        self._claims.relay_ranges(ranges, None)
+        self._verdicts.relay_ranges(ranges, None)
         self._refresh()
         if relay is not None:
             self._write(relay, b"")
 
-    def _refresh(self, newcomer: Replay | None = None) -> None:
+    def _refresh(self, newcomer: Peer | None = None) -> None:
         """Who can be relayed to now; claims, programs and replays are told what is new.
 
         ``newcomer`` is told by WELCOME.
@@ -171,7 +171,7 @@ class Relays:
             on = state is Relaying.ON
             if entry != relay.entry and entry:
                 self._write(relay, entry)
-            self._claims.relay_ranges(ranges, relay.number if on else None)
+            self._verdicts.relay_ranges(ranges, relay.number if on else None)
             if on and not ranges:
                 by_default = relay.number
             if not entry and relay.entry:
@@ -179,7 +179,7 @@ class Relays:
             if state is not relay.state:
                 relay.state = state
                 changed.append(replay)
-        self._claims.relay_strangers(by_default)
+        self._verdicts.relay_strangers(by_default)
         for replay in changed:
             if replay is not newcomer and replay in self._relays:
                 self._tell(replay, self._relays[replay].state)

@@ -20,7 +20,7 @@ _VALUE_BYTES = 4
 _DEFAULT_KEY = bytes(4)
 
 
-class Table(Protocol):
+class VerdictMap(Protocol):
     """A map of a loaded program (pycopy.loader.Map)."""
 
     max_entries: int
@@ -29,7 +29,7 @@ class Table(Protocol):
         """Set the value under ``key``; raises OSError."""
 
 
-class ClaimsFull(PycopyError):
+class NoRoom(PycopyError):
     """The map has no room for all these prefixes; none of them was taken."""
 
 
@@ -47,10 +47,10 @@ def describe(item: Range) -> str:
     return str(ipaddress.ip_network((ipaddress.IPv6Address(item.addr), item.prefix_bits)))
 
 
-class Claims:
+class Verdicts:
     """Verdicts, kept alike in the maps ``(claims, claims_default)`` of every loaded program."""
 
-    def __init__(self, tables: Sequence[tuple[Table, Table]]) -> None:
+    def __init__(self, tables: Sequence[tuple[VerdictMap, VerdictMap]]) -> None:
         self._tables = list(tables)
         self._room = min(claims.max_entries for claims, _ in tables)
         self._verdicts: dict[Range, int] = {}
@@ -62,7 +62,7 @@ class Claims:
         """The verdict (PASS, SWALLOW, or RELAY + n) on destinations that no range names."""
         return self._default
 
-    def add(self, table: tuple[Table, Table]) -> None:
+    def add(self, table: tuple[VerdictMap, VerdictMap]) -> None:
         """One more loaded program: it gets the verdicts that the others have."""
         self._tables.append(table)
         self._room = min(self._room, table[0].max_entries)
@@ -102,14 +102,15 @@ class Claims:
 
     def claim_strangers(self) -> None:
         """A replay of true client addresses was here: until exit, who is not known to pass
-        is taken for a copied client. A stray answer to a real client is worse than a slow test."""
+        is taken for a copied client. A stray response to a real client is worse than a slow
+        test."""
         if self._default == PASS:
             self._set_default(SWALLOW)
 
     def _set(self, items: Iterable[Range], verdict: int) -> None:
         new = [item for item in dict.fromkeys(items) if self._verdicts.get(item) != verdict]
         if len(self._verdicts) + sum(item not in self._verdicts for item in new) > self._room:
-            raise ClaimsFull(
+            raise NoRoom(
                 f"no room for {len(new)} more address ranges, {self._room} are the limit",
                 "name fewer and wider ranges",
             )

@@ -74,7 +74,7 @@ class Count(IntEnum):
     FAST_RETRANSMITS = auto()
     TIMEOUTS = auto()
     WINDOW_PROBES = auto()
-    RELEASED_BY_QUIET = auto()  # the target's answer was shorter than the online one
+    RELEASED_BY_QUIET = auto()  # the target's response was shorter than the online one
     REPEATED = auto()  # segments sent anew because the target closed without reading them
     PATH_MTU = auto()  # times the path to the target turned out to take less
 

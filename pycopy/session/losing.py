@@ -54,7 +54,7 @@ def _take_back(target: Target, read: int) -> list[Chunk]:
     its way; that request was neither read nor acknowledged, and clients repeat it (RFC
     9112 9.3.1). The first request of a connection is not repeated: a server that resets
     that means it. A greeting before it is service, a FIN alone is not. Where
-    acknowledgement, answer and FIN were all lost on their way to us, and the target has
+    acknowledgement, response and FIN were all lost on their way to us, and the target has
     forgotten the connection before they are repeated, nothing tells that it was read; such
     a request is sent twice (``Count.REPEATED`` bounds how many).
     """

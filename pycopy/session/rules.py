@@ -21,11 +21,11 @@ class Rules:
     sample_percent: int = 100
     #: -g: raise the share from 1 % to ``sample_percent``, one point a second.
     ramp: bool = False
-    #: Shortest silence of the target after which a shorter answer counts as complete.
+    #: Shortest silence of the target after which a shorter response counts as complete.
     quiet_ns: int = 20 * MS
     quiet_max_ns: int = SECOND
     #: How long after its capture a close still waits for the longest silence, where the target
-    #: may only pause in its answer (release.py): a busy one may be so far behind.
+    #: may only pause in its response (release.py): a busy one may be so far behind.
     doubt_max_ns: int = 60 * SECOND
     #: How long a greeting is waited for that the online server gave. What makes a greeting slow
     #: is the look-up of the client's name, and 5 s are what a resolver waits for its server.
@@ -36,7 +36,7 @@ class Rules:
     #: How long bytes missing from the capture are waited for. A client's own
     #: retransmission comes after at least 200 ms and backs off exponentially.
     gap_ns: int = 10 * SECOND
-    #: Something waits for an answer: ask whether the connection is still there (RFC 9293 3.8.4).
+    #: Something waits for a response: ask whether the connection is still there (RFC 9293 3.8.4).
     keepalive_ns: int = 15 * SECOND
     #: -t: something waits for the target and it stays silent.
     response_idle_ns: int = 600 * SECOND

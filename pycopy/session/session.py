@@ -189,7 +189,7 @@ class Session:
             if silent_ns >= rules.response_idle_ns:
                 self.end(Outcome.TARGET_SILENT, Fate.DROPPED_TARGET_SILENT, now_ns)
             elif silent_ns >= rules.keepalive_ns and not target.flight:
-                # Is the target still thinking, or did its answer and its RST get lost?
+                # Is the target still thinking, or did its response and its RST get lost?
                 self.emit(0, target.snd_una - 1, b"", now_ns)
             return
         last_ns = self.last_client_ns

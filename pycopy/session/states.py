@@ -76,8 +76,8 @@ class Outcome(Enum):
     CLOSED = "closed"  # FIN both ways
     CLIENT_RESET = "client_reset"  # the client sent RST
     TARGET_RESET = "target_reset"  # the target sent RST and nothing was left to send
-    TARGET_REFUSED = "target_refused"  # RST in answer to our SYN
-    TARGET_SILENT = "target_silent"  # no answer within the limit
+    TARGET_REFUSED = "target_refused"  # RST in response to our SYN
+    TARGET_SILENT = "target_silent"  # no response within the limit
     GAP = "gap"  # client bytes missing from the capture
     IDLE = "idle"  # nothing to do for too long
     QUEUE_FULL = "queue_full"  # more held than the limit allows

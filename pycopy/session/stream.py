@@ -48,7 +48,7 @@ def _append(online: Online, chunk: Chunk) -> None:
     chunk.boundary = chunk.need > online.queue_need
     online.queue_need = chunk.need
     if chunk.boundary and chunk.data:
-        # Sooner than an answer could come and a request go. Half leaves room for a handshake
+        # Sooner than a response could come and a request go. Half leaves room for a handshake
         # that was slower than usual.
         if 2 * (chunk.time_ns - online.asked_ns) < online.rtt_ns:
             online.overlapping = True

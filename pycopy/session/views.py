@@ -100,7 +100,7 @@ class Online:
         self.asked_ns = 0
         #: From here to the client and back: from its SYN to the third ACK. 0: not known.
         self.rtt_ns = 0
-        #: Its requests do not wait for the answers to those before, as far as we can tell.
+        #: Its requests do not wait for the responses to those before, as far as we can tell.
         self.overlapping = False
         #: In order and not yet sent.
         self.queue: list[Chunk] = []
@@ -153,13 +153,13 @@ class Target:
         self.ts_recent = 0
         #: Online response bytes that count as none here: release.py.
         self.need_base = 0
-        #: So much was forgiven that it may have been a pause, and no shorter answer.
+        #: So much was forgiven that it may have been a pause, and no shorter response.
         self.doubtful = False
         #: ``rcv_nxt`` when the last request was sent: the target has answered once it moved.
         #: 0: none was sent.
         self.answered = 0
         #: Position behind that request, and ``rcv_nxt`` when the target had not got it yet:
-        #: up to there all it said was an answer to those before.
+        #: up to there all it said was a response to those before.
         self.asked = 0
         self.said_before = 0
         #: Sent and not acknowledged, in order.

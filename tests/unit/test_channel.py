@@ -27,8 +27,8 @@ from pycopy.channel.codec import (
     Ping,
     Placement,
     Pong,
-    Progress,
     Range,
+    Records,
     Refuse,
     Type,
     Welcome,
@@ -552,7 +552,7 @@ def test_listens_on_both_families():
 def test_progress_total_going_back_is_garbage(bench):
     client = bench.client(1)
     (replay,) = bench.server._replays
-    replay.send(Progress(0, record(1)).encode())
+    replay.send(Records(0, record(1)).encode())
     replay.flush()
     bench.until(lambda: client.counts[Count.GARBAGE] == 1)
 

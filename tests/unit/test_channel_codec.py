@@ -23,9 +23,9 @@ from pycopy.channel.codec import (
     Ping,
     Placement,
     Pong,
-    Progress,
     ProtocolError,
     Range,
+    Records,
     Refuse,
     Relay,
     Relaying,
@@ -60,7 +60,7 @@ FRAMES = st.one_of(
     st.builds(Relay, st.sampled_from(Relaying)),
     st.builds(Refuse, st.text("abc é€", max_size=100)),
     st.builds(
-        Progress,
+        Records,
         U64,
         st.integers(0, 5).flatmap(lambda n: st.binary(min_size=n * 112, max_size=n * 112)),
     ),
@@ -163,9 +163,9 @@ def test_a_stranger_is_known_by_its_first_bytes(first):
         (Type.HELLO, 32 + 18 + MAX_RANGES * 20 + 1),
         (Type.HELLO, 2**32 - 1),
         (Type.WELCOME, 31),
-        (Type.PROGRESS, 7),
-        (Type.PROGRESS, 8 + 111),
-        (Type.PROGRESS, 8 + (MAX_RECORDS + 1) * 112),
+        (Type.RECORDS, 7),
+        (Type.RECORDS, 8 + 111),
+        (Type.RECORDS, 8 + (MAX_RECORDS + 1) * 112),
         (Type.CLAIM, 0),
         (Type.CLAIM, 35),
         (Type.CLAIM, (MAX_KEYS + 1) * 36),
@@ -185,7 +185,7 @@ def test_lengths_are_checked_before_the_payload_comes(kind, length):
 def test_the_largest_frames_pass():
     frames = [
         Hello(1, tuple(prefix(n << 100, 128) for n in range(MAX_RANGES))),
-        Progress(9, bytes(MAX_RECORDS * 112)),
+        Records(9, bytes(MAX_RECORDS * 112)),
         Claim(tuple(struct.pack("<36x") for _ in range(MAX_KEYS))),
     ]
     assert decode([b"".join(frame.encode() for frame in frames)]) == frames
@@ -193,8 +193,8 @@ def test_the_largest_frames_pass():
 
 
 def test_only_what_is_accepted_now():
-    with pytest.raises(ProtocolError, match="unexpected frame: PROGRESS"):
-        decode([Progress(0, b"").encode()], codec.FROM_REPLAY)
+    with pytest.raises(ProtocolError, match="unexpected frame: RECORDS"):
+        decode([Records(0, b"").encode()], codec.FROM_REPLAY)
     with pytest.raises(ProtocolError, match="unexpected frame: type 77"):
         decode([HEADER.pack(MAGIC, 77, 0, 0)])
     with pytest.raises(ProtocolError, match="unexpected frame: CLAIM"):
@@ -222,5 +222,5 @@ def test_text_of_a_peer_cannot_steer_a_terminal():
 def test_a_record_travels_as_it_is():
     assert codec.SEGMENT_BYTES == SEGMENT.size == 112
     record = bytes(range(112))
-    (progress,) = decode([Progress(1, record).encode()])
+    (progress,) = decode([Records(1, record).encode()])
     assert progress.records == record

@@ -12,7 +12,7 @@ import pytest
 from pycopy.channel import ChannelServer, Hello, InterceptClient, Placement, Relaying
 from pycopy.channel.server import MAX_REPLAYS
 from pycopy.interception.relays import Relays
-from pycopy.interception.verdicts import Claims, range_of
+from pycopy.interception.verdicts import Verdicts, range_of
 from pycopy.kernel import abi
 from pycopy.kernel.abi import PASS, RELAY, SWALLOW
 from pycopy.process.loop import Loop
@@ -30,7 +30,7 @@ class Bench:
         self.loop = Loop()
         self.log = []
         self.table, self.default = Table(), Table(1)
-        self.claims = Claims([(self.table, self.default)])
+        self.claims = Verdicts([(self.table, self.default)])
         self.maps = [Table(abi.RELAYS) for _ in range(maps)]
         self.server = ChannelServer(
             self.loop, "127.0.0.1", 0, placement=Placement.TARGET, instance=9,

@@ -5,7 +5,7 @@ import ipaddress
 import pytest
 
 from pycopy.channel import Range
-from pycopy.interception.verdicts import Claims, ClaimsFull, describe, range_of
+from pycopy.interception.verdicts import NoRoom, Verdicts, describe, range_of
 from pycopy.kernel.abi import CLAIM_KEY, PASS, RELAY, SWALLOW
 from pycopy.wire.address import map_address
 
@@ -58,7 +58,7 @@ def default():
 
 @pytest.fixture
 def claims(table, default):
-    return Claims([(table, default)])
+    return Verdicts([(table, default)])
 
 
 def test_ranges_are_swallowed_and_nothing_else(claims, table, default):
@@ -97,7 +97,7 @@ def test_strangers_are_swallowed_once_somebody_replays_true_addresses(claims, de
 
 def test_every_program_gets_the_same():
     tables = [(Table(), Table(1)) for _ in range(2)]
-    claims = Claims(tables)
+    claims = Verdicts(tables)
     claims.pass_addresses([OWN])
     claims.claim_ranges(ranges("10.1.0.0/16"))
     claims.claim_strangers()
@@ -108,7 +108,7 @@ def test_every_program_gets_the_same():
 
 def test_no_room_takes_nothing(claims, table):
     claims.pass_addresses([OWN])
-    with pytest.raises(ClaimsFull, match="8 are the limit"):
+    with pytest.raises(NoRoom, match="8 are the limit"):
         claims.claim_ranges(ranges(*(f"10.{n}.0.0/16" for n in range(8))))
     assert len(table.entries) == 1
     claims.claim_ranges(ranges(*(f"10.{n}.0.0/16" for n in range(7))))
