@@ -177,7 +177,7 @@ static __always_inline int pycopy_forgive(struct pycopy_session *s, struct pycop
 		return 0;
 	work->record = *record;
 	bpf_spin_lock(&s->lock);
-	owed = pycopy_owed(s, work->record.ack);
+	owed = pycopy_owed(s, work->record.ack - s->online_irs);
 	if (pycopy_is_ours(s, &work->flow) && s->held && owed > 0 &&
 	    s->held_at == at) {
 		doubt = owed >= s->smss ? PYCOPY_KNOWN_DOUBT : s->known & PYCOPY_KNOWN_DOUBT;

@@ -341,8 +341,10 @@ static __always_inline int pycopy_find_client(PYCOPY_CTX *ctx, struct pycopy_pac
 		return 1;
 	}
 	if (s->owner != PYCOPY_KERNEL) {
-		/* From now on user space knows, too: the record says it. */
-		if (segment->tcp_flags & PYCOPY_TCP_ACK)
+		/* From now on user space knows, too: the record says it.  One that it has not fetched
+		 * yet must come to it as it left, with or without the online server's number.
+		 */
+		if (s->owner == PYCOPY_USER && segment->tcp_flags & PYCOPY_TCP_ACK)
 			s->known |= PYCOPY_KNOWN_IRS;
 		return 1;
 	}

@@ -45,9 +45,23 @@ struct pycopy_reply {
 struct pycopy_offer {
 	__u32 end; /* seq of what follows */
 	__u32 ack;
+	__u32 need; /* bytes of the online response that the client had received: ack less irs */
 	__u32 seg_len;
 	__u32 fin;
-	__u32 boundary; /* a request begins with it */
+	__u32 boundary;	   /* a request begins with it */
+	__u32 overlapping; /* and requests do not wait for the answers to those before */
+};
+
+/* What a client's segment makes of the session's knowledge of its client.  Written only when
+ * it is decided that the session stays: else user space reads the same segment anew, with the
+ * session as it was before.
+ */
+struct pycopy_heard {
+	__u64 asked_ns;
+	__u64 client_rtt_ns;
+	__u32 online_irs;
+	__u32 online_rcv_nxt;
+	__u32 known;
 };
 
 static __always_inline int pycopy_leave(struct pycopy_session *s, u16 why)
@@ -65,9 +79,9 @@ static __always_inline u32 pycopy_in_flight(const struct pycopy_session *s)
 /* How many bytes the target still owes before this may leave (release.py rule 1);
  * negative: it has said more than the client had received online.
  */
-static __always_inline s32 pycopy_owed(const struct pycopy_session *s, u32 ack)
+static __always_inline s32 pycopy_owed(const struct pycopy_session *s, u32 need)
 {
-	return (ack - s->online_irs - s->need_base) - (s->rcv_nxt - s->irs);
+	return (need - s->need_base) - (s->rcv_nxt - s->irs);
 }
 
 /* A request that the count lets go, though the one before is not answered yet
@@ -76,11 +90,10 @@ static __always_inline s32 pycopy_owed(const struct pycopy_session *s, u32 ack)
 static __always_inline int pycopy_asks_ahead(const struct pycopy_session *s,
 					     const struct pycopy_offer *offer)
 {
-	s32 ahead = (offer->ack - s->online_irs - s->need_base) - (s->said_before - s->irs);
+	s32 ahead = (offer->need - s->need_base) - (s->said_before - s->irs);
 
 	return offer->boundary && offer->seg_len && s->known & PYCOPY_KNOWN_SENT &&
-	       !(s->known & PYCOPY_KNOWN_OVERLAP) && (s32)(s->rcv_nxt - s->said_before) <= 0 &&
-	       ahead < 0;
+	       !offer->overlapping && (s32)(s->rcv_nxt - s->said_before) <= 0 && ahead < 0;
 }
 
 /* SEND, HOLD, or LEAVE: whether the next segment in order may leave. */
@@ -88,7 +101,7 @@ static __always_inline int pycopy_may_send(struct pycopy_session *s,
 					   const struct pycopy_fast_config *config,
 					   const struct pycopy_offer *offer)
 {
-	s32 owed = pycopy_owed(s, offer->ack);
+	s32 owed = pycopy_owed(s, offer->need);
 	s64 room = (s64)s->snd_wnd - pycopy_in_flight(s);
 	s64 cwnd_room = (s64)s->cwnd - pycopy_in_flight(s);
 
@@ -148,6 +161,77 @@ static __always_inline void pycopy_sent(struct pycopy_session *s, const struct p
 		s->state = s->state == PYCOPY_CLOSE_WAIT ? PYCOPY_LAST_ACK : PYCOPY_FIN_WAIT_1;
 }
 
+/* What the client's acknowledgement says.  Zero: it lies before all that the online server
+ * ever sent.
+ */
+static __always_inline int pycopy_hear(const struct pycopy_session *s,
+				       const struct pycopy_segment *segment, u64 now_ns,
+				       struct pycopy_heard *heard)
+{
+	s32 news = segment->ack - s->online_rcv_nxt;
+
+	heard->asked_ns = s->asked_ns;
+	heard->client_rtt_ns = s->client_rtt_ns;
+	heard->online_irs = s->online_irs;
+	heard->online_rcv_nxt = s->online_rcv_nxt;
+	heard->known = s->known;
+	if (!(s->known & PYCOPY_KNOWN_IRS)) {
+		if (!segment->seg_len)
+			heard->client_rtt_ns = now_ns - s->asked_ns;
+		heard->known |= PYCOPY_KNOWN_IRS;
+		heard->online_irs = segment->ack - 1;
+		heard->online_rcv_nxt = segment->ack;
+		return 1;
+	}
+	if (news > 0)
+		heard->online_rcv_nxt = segment->ack;
+	return (s64)(s->online_rcv_nxt - s->online_irs) + news >= 1;
+}
+
+/* The segment is the next one in order: stream._append(). */
+static __always_inline void pycopy_append(const struct pycopy_session *s, u64 now_ns,
+					  struct pycopy_heard *heard, struct pycopy_offer *offer)
+{
+	/* An ACK never moves back: a segment that was overtaken has a lower one.  What the
+	 * client had received since its segment before makes this one a new request.
+	 */
+	offer->boundary = !(s->known & PYCOPY_KNOWN_NEED) ||
+			  (s32)(offer->ack - s->online_need) > 0;
+	if (!offer->boundary)
+		offer->ack = s->online_need;
+	offer->need = offer->ack - heard->online_irs;
+	heard->known |= PYCOPY_KNOWN_NEED | (offer->fin ? PYCOPY_KNOWN_FIN : 0);
+	if (offer->boundary && offer->seg_len) {
+		/* Sooner than an answer could come and a request go. */
+		if (2 * (now_ns - s->asked_ns) < heard->client_rtt_ns)
+			heard->known |= PYCOPY_KNOWN_OVERLAP;
+		heard->asked_ns = now_ns;
+	}
+	offer->overlapping = heard->known & PYCOPY_KNOWN_OVERLAP;
+}
+
+/* The session stays: what has become of its client is written. */
+static __always_inline void pycopy_note(struct pycopy_session *s, const struct pycopy_heard *heard,
+					u64 now_ns)
+{
+	s->client_ns = now_ns;
+	s->asked_ns = heard->asked_ns;
+	s->client_rtt_ns = heard->client_rtt_ns;
+	s->online_irs = heard->online_irs;
+	s->online_rcv_nxt = heard->online_rcv_nxt;
+	s->known = heard->known;
+}
+
+/* The last of the segments that are held. */
+static __always_inline void pycopy_hold(struct pycopy_session *s, u64 at)
+{
+	if (!s->held) {
+		s->held_at = at;
+		s->held_sent = 0;
+	}
+	s->held++;
+}
+
 /* session.on_client_segment(): `at` is where the segment is in the log. */
 static __always_inline int pycopy_client_arrives(struct pycopy_session *s,
 						 const struct pycopy_fast_config *config,
@@ -159,6 +243,7 @@ static __always_inline int pycopy_client_arrives(struct pycopy_session *s,
 		.fin = !!(segment->tcp_flags & PYCOPY_TCP_FIN),
 		.ack = segment->ack,
 	};
+	struct pycopy_heard heard;
 	int verdict;
 
 	offer.end = segment->seq + offer.seg_len + offer.fin;
@@ -166,65 +251,33 @@ static __always_inline int pycopy_client_arrives(struct pycopy_session *s,
 		return pycopy_leave(s, PYCOPY_LEFT_RESET);
 	if (!(segment->tcp_flags & PYCOPY_TCP_ACK))
 		return pycopy_leave(s, PYCOPY_LEFT_OPTIONS);
-	if (!(s->known & PYCOPY_KNOWN_IRS)) {
-		if (!offer.seg_len)
-			s->client_rtt_ns = now_ns - s->asked_ns;
-		s->known |= PYCOPY_KNOWN_IRS;
-		s->online_irs = segment->ack - 1;
-		s->online_rcv_nxt = segment->ack;
-	} else if ((s64)(s->online_rcv_nxt - s->online_irs) +
-			   (s32)(segment->ack - s->online_rcv_nxt) <
-		   1) {
+	if (!pycopy_hear(s, segment, now_ns, &heard))
 		return pycopy_leave(s, PYCOPY_LEFT_ORDER);
+	if (!(offer.seg_len + offer.fin)) {
+		pycopy_note(s, &heard, now_ns);
+		return PYCOPY_STEERED;
 	}
-	if (offer.seg_len + offer.fin) {
-		if (s->known & PYCOPY_KNOWN_FIN || (s32)(offer.end - s->online_snd_nxt) <= 0) {
-			verdict = PYCOPY_DUPLICATE;
-			goto heard;
-		}
-		if (segment->seq != s->online_snd_nxt)
-			return pycopy_leave(s, PYCOPY_LEFT_ORDER);
-	} else {
-		verdict = PYCOPY_STEERED;
-		goto heard;
+	if (s->known & PYCOPY_KNOWN_FIN || (s32)(offer.end - s->online_snd_nxt) <= 0) {
+		pycopy_note(s, &heard, now_ns);
+		return PYCOPY_DUPLICATE;
 	}
-	/* An ACK never moves back: a segment that was overtaken has a lower one.  What the
-	 * client had received since its segment before makes this one a new request.
-	 */
-	offer.boundary = !(s->known & PYCOPY_KNOWN_NEED) || (s32)(offer.ack - s->online_need) > 0;
-	if (!offer.boundary)
-		offer.ack = s->online_need;
-	if (offer.boundary && offer.seg_len) {
-		/* Sooner than an answer could come and a request go (stream._append). */
-		if (2 * (now_ns - s->asked_ns) < s->client_rtt_ns)
-			s->known |= PYCOPY_KNOWN_OVERLAP;
-		s->asked_ns = now_ns;
-	}
-	if (s->held)
-		verdict = PYCOPY_HOLD;
-	else
-		verdict = pycopy_may_send(s, config, &offer);
+	if (segment->seq != s->online_snd_nxt)
+		return pycopy_leave(s, PYCOPY_LEFT_ORDER);
+	pycopy_append(s, now_ns, &heard, &offer);
+	verdict = s->held ? PYCOPY_HOLD : pycopy_may_send(s, config, &offer);
 	if (verdict == PYCOPY_LEAVE)
 		return verdict;
-	if (verdict == PYCOPY_HOLD) {
-		if (s->held >= PYCOPY_HELD_MAX)
-			return pycopy_leave(s, PYCOPY_LEFT_QUEUE);
-		if (!s->held) {
-			s->held_at = at;
-			s->held_sent = 0;
-		}
-		s->held++;
-	} else {
+	if (verdict == PYCOPY_HOLD && s->held >= PYCOPY_HELD_MAX)
+		return pycopy_leave(s, PYCOPY_LEFT_QUEUE);
+	/* Everything is decided: from here on it is written. */
+	pycopy_note(s, &heard, now_ns);
+	if (verdict == PYCOPY_HOLD)
+		pycopy_hold(s, at);
+	else
 		pycopy_sent(s, &offer, now_ns);
-	}
 	s->log_last = at;
 	s->online_snd_nxt = offer.end;
 	s->online_need = offer.ack;
-	s->known |= PYCOPY_KNOWN_NEED | (offer.fin ? PYCOPY_KNOWN_FIN : 0);
-heard:
-	s->client_ns = now_ns;
-	if ((s32)(segment->ack - s->online_rcv_nxt) > 0)
-		s->online_rcv_nxt = segment->ack;
 	return verdict;
 }
 
@@ -498,6 +551,8 @@ static __always_inline int pycopy_release(struct pycopy_session *s,
 	offer.boundary = record->tcp_flags & PYCOPY_LOG_BOUNDARY && !s->held_sent;
 	if (s->known & PYCOPY_KNOWN_SENT && (s32)(offer.ack - s->sent_need) < 0)
 		offer.ack = s->sent_need; /* it was overtaken */
+	offer.need = offer.ack - s->online_irs;
+	offer.overlapping = s->known & PYCOPY_KNOWN_OVERLAP;
 	verdict = pycopy_may_send(s, config, &offer);
 	if (verdict != PYCOPY_SEND)
 		return verdict;
