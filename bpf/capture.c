@@ -116,10 +116,9 @@ static __always_inline int is_mine(struct pycopy_packet *packet,
 
 	if (settings->workers <= 1)
 		return 1;
-	hash *= 0x7feb352d;
-	hash ^= hash >> 15;
-	hash *= 0x846ca68b;
-	hash ^= hash >> 16;
+#define PYCOPY_MIX(factor, shift) hash = (u32)(hash * (factor)), hash ^= hash >> (shift);
+	PYCOPY_WORKER_MIX(PYCOPY_MIX)
+#undef PYCOPY_MIX
 	return (u64)hash * settings->workers >> 32 == settings->worker;
 }
 

@@ -103,7 +103,7 @@ static __always_inline u16 pycopy_needs(const struct pycopy_session *s,
 					const struct pycopy_fast_config *config, u64 now_ns,
 					int all)
 {
-	u64 quiet_ns = 4 * s->srtt_ns, silent_ns = pycopy_since(s->progress_ns, now_ns);
+	u64 quiet_ns = PYCOPY_QUIET_ROUND_TRIPS * s->srtt_ns, silent_ns = pycopy_since(s->progress_ns, now_ns);
 	u64 unheard_ns = pycopy_since(s->client_ns, now_ns);
 
 	if (pycopy_in_flight(s)) {

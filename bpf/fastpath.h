@@ -85,17 +85,14 @@ static __always_inline void pycopy_count_out(u64 *counts, u8 flags, u32 payload,
 		counts[PYCOPY_FAST_OUT_FIN]++;
 }
 
-/* Ledger.held_for() */
+/* Tallies.held_for() */
 static __always_inline void pycopy_count_hold(u64 *counts, u64 hold_ns)
 {
-	u64 bound_ns = 100000;
 	u32 bucket = 0;
 
-#pragma unroll
-	for (int i = 0; i < PYCOPY_HOLD_BUCKETS - 1; i++) {
-		bucket += hold_ns >= bound_ns;
-		bound_ns *= 10;
-	}
+#define PYCOPY_REACHES(bound_ns) bucket += hold_ns >= (bound_ns);
+	PYCOPY_HOLD_BOUNDS_NS(PYCOPY_REACHES)
+#undef PYCOPY_REACHES
 	if (bucket < PYCOPY_HOLD_BUCKETS)
 		counts[PYCOPY_FAST_HOLD_TIME + bucket]++;
 }
@@ -235,34 +232,8 @@ static __always_inline int pycopy_open(PYCOPY_CTX *ctx, struct pycopy_packet *pa
 	if (mss > hop->mss)
 		mss = hop->mss;
 	bpf_spin_lock(&s->lock);
-	s->generation = work->flow.generation;
-	s->owner = PYCOPY_KERNEL;
-	s->state = PYCOPY_SYN_SENT;
-	s->family = packet->family;
-	s->options = segment->options;
-	s->snd_wscale = 0;
-	s->rcv_wscale = segment->wscale;
-	s->held = s->held_sent = 0;
-	s->service = service;
-	s->mss = s->smss = mss;
-	s->left = 0;
-	s->known = PYCOPY_KNOWN_TIME;
-	s->stretch = 0;
-	s->iss = s->snd_una = segment->seq;
-	s->online_snd_nxt = s->snd_nxt = s->timed_end = segment->seq + 1;
-	s->online_irs = s->online_rcv_nxt = s->online_need = s->sent_need = s->asked = 0;
-	s->irs = s->rcv_nxt = s->rcv_acked = s->ts_recent = s->need_base = s->answered = 0;
-	s->said_before = 0;
-	s->snd_wnd = s->snd_wl1 = s->snd_wl2 = 0;
-	s->cwnd = PYCOPY_INITIAL_WINDOW * mss;
-	s->ssthresh = PYCOPY_NO_SSTHRESH;
-	s->srtt_ns = s->rttvar_ns = s->ack_at = s->log_last = s->held_at = 0;
-	s->client_rtt_ns = 0;
-	s->rto_ns = config->rto_initial_ns;
-	s->rto_at = now_ns + config->rto_initial_ns;
-	s->timed_ns = s->progress_ns = s->client_ns = s->asked_ns = now_ns;
-	s->online = segment->key;
-	s->target = *key;
+	pycopy_reset(s, segment, key, work->flow.generation, packet->family, mss,
+		     config->rto_initial_ns, now_ns);
 	pycopy_reply_of(s, segment->seq, PYCOPY_TCP_SYN, &work->reply);
 	bpf_spin_unlock(&s->lock);
 	pycopy_update(PYCOPY_MAP_FLOWS, &segment->key, &work->flow, 0);

@@ -62,8 +62,6 @@
 #define PYCOPY_TCP_OPTION_TIMESTAMPS 8
 /* Two NOPs, then timestamps: the one layout that real stacks use (RFC 7323 A). */
 #define PYCOPY_NOP_NOP_TIMESTAMPS    htonl(0x0101080a)
-#define PYCOPY_TIMESTAMPS_BYTES	     12
-#define PYCOPY_WSCALE_MAX	     14 /* RFC 7323 2.3: use 14 for anything larger */
 
 struct pycopy_vlan {
 	__be16 tci;

@@ -2,8 +2,8 @@
  *
  * The ABI between the BPF programs and user space: every struct, enum and
  * constant both sides share, and nothing else.  pycopy/kernel/abi.py and, for the maps,
- * pycopy/kernel/shapes.py are its twins; tests/bpf/test_abi.py compares them.  Change one, change both,
- * and raise PYCOPY_ABI_VERSION: the same records travel over the channel
+ * pycopy/kernel/shapes.py are its twins; tests/bpf/test_abi.py compares them.  A session is
+ * declared in pycopy/session/fields.py (generated.h).  Change one, change both, and raise PYCOPY_ABI_VERSION: the same records travel over the channel
  * between hosts (pycopy/channel.py), so an old peer must be able to refuse.
  *
  * Byte order: host order, except `key`, which is raw network-order bytes so
@@ -274,19 +274,6 @@ enum pycopy_owner {
 	PYCOPY_USER = 3,
 };
 
-/* pycopy.session.states.State, by the same numbers. */
-enum pycopy_state {
-	PYCOPY_CLOSED = 1,
-	PYCOPY_SYN_SENT,
-	PYCOPY_ESTABLISHED,
-	PYCOPY_FIN_WAIT_1,
-	PYCOPY_FIN_WAIT_2,
-	PYCOPY_CLOSING,
-	PYCOPY_CLOSE_WAIT,
-	PYCOPY_LAST_ACK,
-	PYCOPY_TIME_WAIT, /* also after LAST_ACK: late segments are still answered */
-};
-
 /* Why a session left the kernel. */
 enum pycopy_left {
 	PYCOPY_LEFT_ORDER = 0, /* a client segment out of order, or overlapping */
@@ -306,75 +293,11 @@ enum pycopy_left {
 	PYCOPY_LEFT_REASONS
 };
 
-/* Bits of pycopy_session.known. */
-#define PYCOPY_KNOWN_IRS  0x1 /* online_irs: the client has acknowledged */
-#define PYCOPY_KNOWN_NEED 0x2 /* online_need: something was put in order */
-#define PYCOPY_KNOWN_FIN  0x4 /* the client's FIN was captured: its stream is complete */
-#define PYCOPY_KNOWN_TIME 0x8 /* timed_*: a round trip is being measured */
-#define PYCOPY_KNOWN_SENT 0x10 /* sent_need: something was sent */
-#define PYCOPY_KNOWN_OVERLAP 0x20 /* its requests do not wait for answers, as far as we can tell */
-#define PYCOPY_KNOWN_DOUBT 0x40 /* a shorter answer was forgiven that may have been a pause */
-
-/* A deadline long past (views.AT_ONCE): that one is not the timer's. */
-#define PYCOPY_AT_ONCE 1
-
 /* Client segments that one session holds back at most: a list in the log. */
 #define PYCOPY_HELD_MAX 4096
 
-struct pycopy_session {
-	struct bpf_spin_lock lock;
-	__u32 generation; /* of the slot: what refers to an earlier one is stale */
-	__u8 owner;	  /* enum pycopy_owner */
-	__u8 state;	  /* enum pycopy_state */
-	__u8 family;	  /* 4 or 6, of the connection to the target */
-	__u8 options;	  /* PYCOPY_OPT_* in use with the target; before its SYN-ACK: offered */
-	__u8 snd_wscale;
-	__u8 rcv_wscale;
-	__u16 held; /* how many segments are held back, from held_at on */
-	__u16 service;
-	__u16 mss;  /* option of our SYN; then the smaller of both sides' */
-	__u16 smss; /* the same less the options of every segment */
-	__u16 left; /* enum pycopy_left, when not the kernel's any more */
-	__u16 known;
-	__s16 stretch; /* receiving.py: full-sized segments, or a pause */
-	__u32 iss; /* the client's, kept towards the target */
-	__u32 online_irs;
-	__u32 online_snd_nxt; /* next byte expected of the client, sent or held what is before */
-	__u32 online_rcv_nxt; /* highest acknowledgement of the client */
-	__u32 online_need;    /* acknowledgement of the last segment put in order */
-	__u32 sent_need;      /* of the last one sent */
-	__u32 asked;	      /* seq behind the last request sent */
-	__u32 irs;
-	__u32 snd_una;
-	__u32 snd_nxt;
-	__u32 snd_wnd; /* bytes */
-	__u32 snd_wl1;
-	__u32 snd_wl2;
-	__u32 rcv_nxt;
-	__u32 rcv_acked;
-	__u32 ts_recent;
-	__u32 need_base; /* online response bytes that count as none */
-	__u32 answered;	   /* rcv_nxt when the last request was sent */
-	__u32 said_before; /* rcv_nxt while the target had not got it yet */
-	__u32 cwnd;	 /* bytes */
-	__u32 ssthresh;
-	__u32 timed_end; /* acknowledged up to here, the measured round trip is over */
-	__u32 held_sent; /* bytes of the oldest held segment that have left already */
-	__u64 timed_ns;
-	__u64 srtt_ns;
-	__u64 rttvar_ns;
-	__u64 rto_ns;
-	__u64 rto_at; /* 0: not running; in TIME_WAIT: when it is over */
-	__u64 ack_at; /* 0: nothing to acknowledge; PYCOPY_AT_ONCE */
-	__u64 progress_ns;
-	__u64 client_ns; /* when the client last spoke */
-	__u64 log_last;	 /* where the client's last segment is in the log, 0: nowhere */
-	__u64 held_at;	 /* and the oldest one held */
-	__u64 asked_ns;	 /* when the last request was captured, before the first one the SYN */
-	__u64 client_rtt_ns; /* from here to the client and back, 0: not known */
-	struct pycopy_key online; /* the connection online */
-	struct pycopy_key target; /* and ours to the target */
-};
+/* The session itself, its states and the numbers of its rules. */
+#include "generated.h"
 
 /* Value of the map "pending": a byte for each of so many sessions, 1 where something is pending,
  * else 0.  Bytes, since they can be set and cleared without an atomic operation, which kernels
@@ -508,7 +431,7 @@ struct pycopy_command {
 	__u32 slot;
 	__u32 generation;
 	__u32 reserved;
-	__u8 session[288]; /* struct pycopy_session */
+	__u8 session[sizeof(struct pycopy_session)];
 };
 
 /* Entry of the queue "attention": a session that user space must fetch. */
@@ -538,9 +461,6 @@ enum pycopy_timer {
 #define PYCOPY_TIMER_HELD      0x200 /* a request, which may wait for nothing else */
 #define PYCOPY_TIMER_ATTENTION 0x400 /* the queue "attention" has an entry */
 #define PYCOPY_TIMER_SEEN      0x700
-
-/* Upper bounds of the hold-time histogram: pycopy.report.ledger.HOLD_BUCKETS_US. */
-#define PYCOPY_HOLD_BUCKETS 7
 
 /* Per-CPU counters of the kernel's sessions (map "fast_counts").
  * CLIENT = SENT_AT_ONCE + HELD + STEERED + DUPLICATE; of HELD, RELEASED have been sent.

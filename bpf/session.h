@@ -13,14 +13,6 @@
 
 #include "parse.h"
 
-/* RFC 9293 3.7.1: what a SYN without the option means. */
-#define PYCOPY_DEFAULT_MSS(family) ((family) == 4 ? 536 : 1220)
-#define PYCOPY_MIN_MSS		   88 /* Linux's TCP_MIN_MSS, as in arrival.py */
-#define PYCOPY_INITIAL_WINDOW	   10 /* RFC 6928 2, in segments */
-#define PYCOPY_NO_SSTHRESH	   (1U << 30)
-#define PYCOPY_STRETCH_MAX	   0x7fff /* receiving.py */
-#define PYCOPY_STRETCH_PAUSE	   32
-
 enum pycopy_verdict {
 	PYCOPY_SEND,	  /* pass it on now */
 	PYCOPY_HOLD,	  /* its place in the log is remembered */
@@ -69,6 +61,12 @@ static __always_inline int pycopy_leave(struct pycopy_session *s, u16 why)
 	s->owner = PYCOPY_LEAVING;
 	s->left = why;
 	return PYCOPY_LEAVE;
+}
+
+/* What a SYN without the option means. */
+static __always_inline u32 pycopy_default_mss(u8 family)
+{
+	return family == 4 ? PYCOPY_DEFAULT_MSS_IPV4 : PYCOPY_DEFAULT_MSS_IPV6;
 }
 
 static __always_inline u32 pycopy_in_flight(const struct pycopy_session *s)
@@ -158,7 +156,7 @@ static __always_inline void pycopy_sent(struct pycopy_session *s, const struct p
 	s->rcv_acked = s->rcv_nxt;
 	s->ack_at = 0;
 	if (offer->fin)
-		s->state = s->state == PYCOPY_CLOSE_WAIT ? PYCOPY_LAST_ACK : PYCOPY_FIN_WAIT_1;
+		s->state = pycopy_next_state(s->state, PYCOPY_EVENT_FIN_SENT);
 }
 
 /* What the client's acknowledgement says.  Zero: it lies before all that the online server
@@ -347,7 +345,7 @@ static __always_inline int pycopy_establish(struct pycopy_session *s,
 					    const struct pycopy_segment *segment, u64 now_ns)
 {
 	const u8 wanted = PYCOPY_TCP_SYN | PYCOPY_TCP_ACK;
-	u32 mss = segment->mss ? segment->mss : PYCOPY_DEFAULT_MSS(s->family);
+	u32 mss = segment->mss ? segment->mss : pycopy_default_mss(s->family);
 
 	if ((segment->tcp_flags & (wanted | PYCOPY_TCP_RST | PYCOPY_TCP_FIN)) != wanted ||
 	    segment->ack != s->snd_nxt || segment->seg_len)
@@ -374,36 +372,20 @@ static __always_inline int pycopy_establish(struct pycopy_session *s,
 	s->snd_wnd = segment->wnd; /* RFC 7323 2.2: never scaled in a SYN */
 	s->snd_wl1 = segment->seq;
 	s->snd_wl2 = segment->ack;
-	s->state = PYCOPY_ESTABLISHED;
+	s->state = pycopy_next_state(s->state, PYCOPY_EVENT_SYN_ACK);
 	s->ack_at = PYCOPY_AT_ONCE;
 	return PYCOPY_STEERED;
 }
 
-/* The target has acknowledged our FIN. */
-static __always_inline void pycopy_fin_acknowledged(struct pycopy_session *s,
-						    const struct pycopy_fast_config *config,
-						    u64 now_ns)
+/* Ours or the target's FIN is acknowledged or in order: with both, late segments are waited for. */
+static __always_inline void pycopy_move(struct pycopy_session *s, enum pycopy_event event,
+					const struct pycopy_fast_config *config, u64 now_ns)
 {
-	if (s->state == PYCOPY_FIN_WAIT_1) {
-		s->state = PYCOPY_FIN_WAIT_2;
-	} else if (s->state == PYCOPY_CLOSING || s->state == PYCOPY_LAST_ACK) {
-		s->state = PYCOPY_TIME_WAIT;
-		s->rto_at = now_ns + config->time_wait_ns;
-	}
-}
+	u8 state = pycopy_next_state(s->state, event);
 
-/* The target's FIN is in order. */
-static __always_inline void pycopy_fin_arrived(struct pycopy_session *s,
-					       const struct pycopy_fast_config *config, u64 now_ns)
-{
-	if (s->state == PYCOPY_ESTABLISHED) {
-		s->state = PYCOPY_CLOSE_WAIT;
-	} else if (s->state == PYCOPY_FIN_WAIT_1) {
-		s->state = PYCOPY_CLOSING;
-	} else if (s->state == PYCOPY_FIN_WAIT_2) {
-		s->state = PYCOPY_TIME_WAIT;
+	if (state == PYCOPY_TIME_WAIT)
 		s->rto_at = now_ns + config->time_wait_ns;
-	}
+	s->state = state;
 }
 
 /* Late segments of a session that is over: a repeated FIN is acknowledged again. */
@@ -473,7 +455,7 @@ static __always_inline int pycopy_target_arrives(struct pycopy_session *s,
 			pycopy_acknowledged(s, config, segment->ack, now_ns);
 			was = s->state;
 			if (!pycopy_in_flight(s) && s->known & PYCOPY_KNOWN_FIN)
-				pycopy_fin_acknowledged(s, config, now_ns);
+				pycopy_move(s, PYCOPY_EVENT_FIN_ACKED, config, now_ns);
 			/* RFC 9293 3.10.7.4: the end, whatever else is in the segment. */
 			if (was == PYCOPY_LAST_ACK && s->state == PYCOPY_TIME_WAIT) {
 				s->ack_at = 0;
@@ -495,8 +477,7 @@ static __always_inline int pycopy_target_arrives(struct pycopy_session *s,
 			s->ack_at = PYCOPY_AT_ONCE; /* keep-alive (RFC 9293 3.8.4), or window probe */
 		return PYCOPY_STEERED;
 	}
-	if ((s->state != PYCOPY_ESTABLISHED && s->state != PYCOPY_FIN_WAIT_1 &&
-	     s->state != PYCOPY_FIN_WAIT_2) ||
+	if (!PYCOPY_MAY_RECEIVE(s->state) ||
 	    (s32)(end - s->rcv_nxt) <= 0) {
 		s->ack_at = PYCOPY_AT_ONCE; /* repeated: our ACK was lost */
 		return PYCOPY_DUPLICATE;
@@ -510,7 +491,7 @@ static __always_inline int pycopy_target_arrives(struct pycopy_session *s,
 	else if (!s->ack_at)
 		s->ack_at = now_ns + config->delayed_ack_ns;
 	if (fin)
-		pycopy_fin_arrived(s, config, now_ns);
+		pycopy_move(s, PYCOPY_EVENT_FIN_RECEIVED, config, now_ns);
 	return PYCOPY_STEERED;
 }
 

@@ -12,9 +12,10 @@ from pycopy.egress.egress import Egress
 from pycopy.fastpath.handover import Logged, adopt
 from pycopy.fastpath.kernel import KernelSessions, active
 from pycopy.host.nexthop import Hop, NextHops
-from pycopy.kernel.abi import FastCount, KernelSession, Left
+from pycopy.kernel.abi import FastCount, Left
 from pycopy.report.ledger import Ledger
 from pycopy.session.fates import Count, Fate, ResponseFate
+from pycopy.session.fields import KernelSession
 from pycopy.session.rules import MS, SECOND
 from pycopy.session.states import Outcome
 from pycopy.session.table import Table

@@ -1,25 +1,18 @@
 """A session changes hands between the kernel (bpf/session.h) and this engine, losing nothing.
 
 Pure translation: 32-bit numbers of ``struct pycopy_session`` to positions that never wrap,
-and back. What the kernel had sent without an acknowledgement, and what it held, comes along
-as records of its log and becomes the flight and the queue.
+and back. What a field is, session/fields.py says; only where the two do not keep the same
+thing is there code for one field. What the kernel had sent without an acknowledgement, and what
+it held, comes along as records of its log and becomes the flight and the queue.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence, Set
+from operator import attrgetter
+from typing import Any, Protocol
 
-from pycopy.kernel.abi import (
-    KNOWN_DOUBT,
-    KNOWN_FIN,
-    KNOWN_IRS,
-    KNOWN_NEED,
-    KNOWN_OVERLAP,
-    KNOWN_SENT,
-    LOG_BOUNDARY,
-    KernelSession,
-    LogRecord,
-    Owner,
-)
+from pycopy.kernel.abi import LOG_BOUNDARY, LogRecord, Owner
+from pycopy.session.fields import FIELDS, KernelSession, Known, Space
+from pycopy.session.rules import NO_SSTHRESH
 from pycopy.session.session import Host, Session
 from pycopy.session.states import State
 from pycopy.session.views import NEVER, NO_POSITION, Chunk, Online, Target
@@ -39,6 +32,42 @@ _TARGET_IS_OVER = frozenset({State.CLOSE_WAIT, State.CLOSING, State.LAST_ACK, St
 
 #: A session is given to the kernel only in this one: the handshake is over, no close has begun.
 GIVEN_IN = State.ESTABLISHED
+
+
+#: Spaces whose numbers both executors keep alike.
+_ALIKE = frozenset({Space.BITS, Space.COUNT, Space.TIME, Space.DURATION, Space.CONNECTION})
+
+
+def _declared(owner: str, spaces: Set[Space]) -> list[tuple[int, str, int]]:
+    """(index, attribute, bits of ``known`` that it needs) of each field that ``owner`` has.
+
+    ``owner``: "online", "target", or "" for the session itself.
+    """
+    return [
+        (index, field.at.rpartition(".")[2], field.present or 0)
+        for index, field in enumerate(FIELDS)
+        if field.at and field.at.rpartition(".")[0] == owner and field.space in spaces
+    ]
+
+
+#: In the engine's order of things: what adopt() sets.
+_OF_SESSION = _declared("", _ALIKE)
+_OF_ONLINE = _declared("online", _ALIKE)
+_OF_TARGET = _declared("target", _ALIKE)
+_DEADLINES = _declared("", {Space.DEADLINE})
+_SENT_OF_TARGET = _declared("target", {Space.SENT})
+_SAID_OF_TARGET = _declared("target", {Space.TARGET})
+
+#: And what describe() reads.
+_READ = [field for field in FIELDS if field.at and field.space in _ALIKE]
+_read = attrgetter(*(field.at for field in _READ))
+_READ_POSITIONS = [
+    (field.name, field.space, attrgetter(field.at), field.present or 0)
+    for field in FIELDS
+    if field.at and field.space in (Space.SENT, Space.ONLINE, Space.TARGET)
+]
+_READ_BITS = [(bit, attrgetter(bit.at)) for bit in Known if bit.at]
+_NOTHING = {field.name: 0 for field in FIELDS}
 
 
 class Kernel(Protocol):
@@ -121,26 +150,31 @@ def adopt(host: Host, kernel: KernelSession, logged: Sequence[Logged], now_ns: i
         target.flight = [syn]
     _take_log(session, kernel, logged)
     session.rto_at = kernel.rto_at if target.flight and kernel.rto_at else NEVER
-    session.ack_at = kernel.ack_at or NEVER
-    session.progress_ns = kernel.progress_ns
-    session.last_client_ns = kernel.client_ns
+    for index, attribute, _ in _DEADLINES:
+        setattr(session, attribute, kernel[index] or NEVER)
+    for index, attribute, _ in _OF_SESSION:
+        setattr(session, attribute, kernel[index])
+    for bit in Known:
+        if bit.at:
+            owner, _, attribute = bit.at.partition(".")
+            setattr(getattr(session, owner), attribute, bool(kernel.known & bit))
     return session
 
 
 def _online(kernel: KernelSession) -> Online:
     online = Online(kernel.iss)
+    for index, attribute, _ in _OF_ONLINE:
+        setattr(online, attribute, kernel[index])
     online.snd_nxt = _sent_position(kernel, kernel.online_snd_nxt)
-    if kernel.known & KNOWN_IRS:
+    if kernel.known & Known.IRS:
         online.irs = kernel.online_irs
         online.rcv_nxt = (kernel.online_rcv_nxt - kernel.online_irs) & MASK
-    if kernel.known & KNOWN_NEED:
+    if kernel.known & Known.NEED:
         if _need(kernel, online, kernel.online_need) < 0:
             online.rcv_nxt += _WRAP
         online.queue_need = _need(kernel, online, kernel.online_need)
-    if kernel.known & KNOWN_FIN:
+    if kernel.known & Known.FIN:
         online.fin_pos = online.snd_nxt - 1
-    online.overlapping = bool(kernel.known & KNOWN_OVERLAP)
-    online.asked_ns, online.rtt_ns = kernel.asked_ns, kernel.client_rtt_ns
     return online
 
 
@@ -157,39 +191,36 @@ def _need(kernel: KernelSession, online: Online, ack: int) -> int:
 def _target(kernel: KernelSession, online: Online) -> Target:
     una = (kernel.snd_una - kernel.iss) & MASK
     target = Target(kernel.iss, una + 1, kernel.mss, kernel.rto_ns)
+    values: tuple[Any, ...] = kernel
+    for index, attribute, _ in _OF_TARGET:
+        setattr(target, attribute, values[index])
     target.snd_una = una
     target.snd_nxt = _sent_position(kernel, kernel.snd_nxt)
-    target.options = kernel.options
-    target.rcv_wscale = kernel.rcv_wscale
     if State(kernel.state) is State.SYN_SENT:
         return target
-    target.irs = kernel.irs
-    target.snd_wscale = kernel.snd_wscale
-    target.smss = kernel.smss
-    target.rcv_nxt = (kernel.rcv_nxt - kernel.irs) & MASK
-    said = [kernel.rcv_acked]
-    if kernel.known & KNOWN_SENT:
-        said += kernel.answered, kernel.said_before
-    if target.rcv_nxt + min(diff(number, kernel.rcv_nxt) for number in said) < 0:
-        target.rcv_nxt += _WRAP
-    target.rcv_acked = target.rcv_nxt + diff(kernel.rcv_acked, kernel.rcv_nxt)
-    if kernel.known & KNOWN_SENT:
-        target.answered = target.rcv_nxt + diff(kernel.answered, kernel.rcv_nxt)
-        target.said_before = target.rcv_nxt + diff(kernel.said_before, kernel.rcv_nxt)
-        target.asked = _sent_position(kernel, kernel.asked)
-    target.stretch = kernel.stretch
-    target.ts_recent = kernel.ts_recent
-    target.snd_wnd = kernel.snd_wnd
-    target.snd_wl1 = target.rcv_nxt + diff(kernel.snd_wl1, kernel.rcv_nxt)
-    target.snd_wl2 = una + diff(kernel.snd_wl2, kernel.snd_una)
-    if kernel.known & KNOWN_IRS:
+    target.rcv_nxt = _target_position(kernel)
+    for index, attribute, needs in _SENT_OF_TARGET:
+        if kernel.known & needs == needs:
+            setattr(target, attribute, una + diff(values[index], kernel.snd_una))
+    for index, attribute, needs in _SAID_OF_TARGET:
+        if kernel.known & needs == needs:
+            setattr(target, attribute, target.rcv_nxt + diff(values[index], kernel.rcv_nxt))
+    if kernel.known & Known.IRS:
         # The kernel counts modulo 2^32: the one near what both servers have said so far.
         lead = online.rcv_nxt - target.rcv_nxt
         target.need_base = lead + diff(kernel.need_base, lead & MASK)
-    target.doubtful = bool(kernel.known & KNOWN_DOUBT)
-    target.srtt_ns, target.rttvar_ns = kernel.srtt_ns, kernel.rttvar_ns
-    target.cwnd, target.ssthresh = kernel.cwnd, kernel.ssthresh
     return target
+
+
+def _target_position(kernel: KernelSession) -> int:
+    """``rcv_nxt``, so far on that nothing that was said lies before the first position."""
+    position = (kernel.rcv_nxt - kernel.irs) & MASK
+    said = [kernel.rcv_acked]
+    if kernel.known & Known.SENT:
+        said += kernel.answered, kernel.said_before
+    if position + min(diff(number, kernel.rcv_nxt) for number in said) < 0:
+        position += _WRAP
+    return position
 
 
 def _take_log(session: Session, kernel: KernelSession, logged: Sequence[Logged]) -> None:
@@ -257,45 +288,30 @@ def may_give(session: Session) -> bool:
 def describe(session: Session) -> KernelSession:
     """``session`` as the kernel goes on with it; only where :func:`may_give` says so."""
     online, target = session.online, session.target
-    irs = online.irs or 0
-    sent = (target.iss + target.snd_nxt) & MASK
-    rcv_nxt = (target.irs + target.rcv_nxt) & MASK
-    client_ack = (irs + online.rcv_nxt) & MASK
-    known = KNOWN_IRS
-    need = 0
-    answered = said_before = 0
+    irs, need = online.irs or 0, 0
+    known: int = Known.IRS
     if online.queue_need >= 0:
-        known |= KNOWN_NEED
+        known |= Known.NEED
         need = (irs + online.queue_need + 1) & MASK
     if target.asked:
-        known |= KNOWN_SENT
-        answered = (target.irs + target.answered) & MASK
-        said_before = (target.irs + target.said_before) & MASK
-    if online.overlapping:
-        known |= KNOWN_OVERLAP
-    if target.doubtful:
-        known |= KNOWN_DOUBT
-    return KernelSession(
-        lock=0, generation=0, owner=Owner.KERNEL, state=session.state.value,
-        family=session.family, options=target.options, snd_wscale=target.snd_wscale,
-        rcv_wscale=target.rcv_wscale, held=0, service=session.service,
-        mss=target.mss, smss=target.smss, left=0, known=known,
-        stretch=target.stretch, iss=target.iss,
-        online_irs=irs, online_snd_nxt=sent, online_rcv_nxt=client_ack, online_need=need,
-        sent_need=need, asked=(target.iss + target.asked) & MASK,
-        irs=target.irs, snd_una=sent, snd_nxt=sent, snd_wnd=target.snd_wnd,
-        snd_wl1=(target.irs + target.snd_wl1) & MASK,
-        snd_wl2=(target.iss + target.snd_wl2) & MASK, rcv_nxt=rcv_nxt,
-        rcv_acked=(target.irs + target.rcv_acked) & MASK, ts_recent=target.ts_recent,
-        need_base=target.need_base & MASK, answered=answered, said_before=said_before,
-        cwnd=min(target.cwnd, 1 << 30), ssthresh=min(target.ssthresh, 1 << 30),
-        timed_end=0, held_sent=0, timed_ns=0, srtt_ns=target.srtt_ns,
-        rttvar_ns=target.rttvar_ns, rto_ns=target.rto_ns, rto_at=0,
+        known |= Known.SENT
+    for bit, is_set in _READ_BITS:
+        if is_set(session):
+            known |= bit
+    fields = _NOTHING | {
+        field.name: value for field, value in zip(_READ, _read(session), strict=True)
+    }
+    firsts = {Space.SENT: target.iss, Space.ONLINE: irs, Space.TARGET: target.irs}
+    for name, space, position, needs in _READ_POSITIONS:
+        if known & needs == needs:
+            fields[name] = (firsts[space] + position(session)) & MASK
+    fields |= dict(
+        owner=Owner.KERNEL, state=session.state.value, known=known, iss=target.iss,
+        online_irs=irs, online_need=need, sent_need=need, need_base=target.need_base & MASK,
+        cwnd=min(target.cwnd, NO_SSTHRESH), ssthresh=min(target.ssthresh, NO_SSTHRESH),
         ack_at=0 if session.ack_at == NEVER else session.ack_at,
-        progress_ns=session.progress_ns, client_ns=session.last_client_ns, log_last=0,
-        held_at=0, asked_ns=online.asked_ns, client_rtt_ns=online.rtt_ns,
-        online=session.key, target=session.target_key,
     )  # fmt: skip
+    return KernelSession(**fields)
 
 
 def unfinished(kernel: KernelSession, record: LogRecord) -> bool:

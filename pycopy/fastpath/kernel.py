@@ -16,9 +16,10 @@ from pycopy.fastpath.handover import Logged, unfinished
 from pycopy.fastpath.maps import Maps
 from pycopy.host.nexthop import Hop
 from pycopy.kernel import abi, objects, syscall
-from pycopy.kernel.abi import FastConfig, FastCount, HopEntry, KernelSession, LogRecord
+from pycopy.kernel.abi import FastConfig, FastCount, HopEntry, LogRecord
 from pycopy.kernel.module import Module
 from pycopy.session.addresses import Network, first_host, usable_hosts
+from pycopy.session.fields import KERNEL_SESSION, KernelSession
 from pycopy.session.leaving import Leaving
 from pycopy.session.rules import Rules
 from pycopy.wire.address import map_address
@@ -78,7 +79,7 @@ class KernelSessions:
         self._timer = syscall.RepeatedRun(
             self._module.program_fds["pycopy_timer"], _MATERIAL, STEPS
         )
-        nobody = bytes(abi.KERNEL_SESSION.size)
+        nobody = bytes(abi.SESSION_BYTES)
         for first in reversed(range(0, self.maps.slots, abi.FILL_SLOTS)):
             self._command(abi.FILL, first, 0, nobody)
 
@@ -172,10 +173,10 @@ class KernelSessions:
         """The same by its slot."""
         if slot == abi.NO_SLOT:
             return None
-        state = self._command(abi.TAKE, slot, generation, bytes(abi.KERNEL_SESSION.size))
+        state = self._command(abi.TAKE, slot, generation, bytes(abi.SESSION_BYTES))
         if state is None:
             return None
-        session = KernelSession(*abi.KERNEL_SESSION.unpack(state))
+        session = KernelSession(*KERNEL_SESSION.unpack(state))
         self._fetched[session.target] = (slot, generation)
         logged = self._logged(session, slot, generation)
         self._command(abi.HAVE, slot, generation, state)
@@ -222,7 +223,7 @@ class KernelSessions:
         slot, generation = self._fetched.get(session.target) or self._new_slot()
         if slot == abi.NO_SLOT:
             return False
-        state = abi.KERNEL_SESSION.pack(*session)
+        state = KERNEL_SESSION.pack(*session)
         if self._command(abi.GIVE, slot, generation, state) is None:
             return False
         self._fetched.pop(session.target, None)
@@ -238,7 +239,7 @@ class KernelSessions:
             return abi.NO_SLOT, 0
         value = self._by_name["sessions"].lookup(top)
         assert value is not None
-        return int.from_bytes(top, "little"), abi.KERNEL_SESSION.unpack(value)[1]
+        return int.from_bytes(top, "little"), KERNEL_SESSION.unpack(value)[1]
 
     # -- sessions of user space's own -----------------------------------------------------
 
@@ -303,7 +304,7 @@ class KernelSessions:
             self._drop(*fetched)
 
     def _drop(self, slot: int, generation: int) -> bool:
-        command = abi.DROP, slot, generation, bytes(abi.KERNEL_SESSION.size)
+        command = abi.DROP, slot, generation, bytes(abi.SESSION_BYTES)
         return slot != abi.NO_SLOT and self._command(*command) is not None
 
     # -- time, and what it shows ----------------------------------------------------------

@@ -1,7 +1,8 @@
 """Twin of bpf/pycopy.h: the records, counters and constants shared with the BPF programs.
 
 Nothing here knows what a record means. tests/bpf/test_abi.py compares every size
-and offset with what the compiler made of the header.
+and offset with what the compiler made of the header. A session's fields are not declared here,
+but in pycopy/session/fields.py.
 """
 
 import struct
@@ -143,70 +144,11 @@ class Left(IntEnum):
     ASKED = 13
 
 
-KNOWN_IRS, KNOWN_NEED, KNOWN_FIN, KNOWN_TIME, KNOWN_SENT = 0x1, 0x2, 0x4, 0x8, 0x10
-KNOWN_OVERLAP, KNOWN_DOUBT = 0x20, 0x40
-
 HELD_MAX = 4096
 
 
-class KernelSession(NamedTuple):
-    """``struct pycopy_session``; what the fields mean is said there."""
-
-    lock: int
-    generation: int
-    owner: int
-    state: int
-    family: int
-    options: int
-    snd_wscale: int
-    rcv_wscale: int
-    held: int
-    service: int
-    mss: int
-    smss: int
-    left: int
-    known: int
-    stretch: int
-    iss: int
-    online_irs: int
-    online_snd_nxt: int
-    online_rcv_nxt: int
-    online_need: int
-    sent_need: int
-    asked: int
-    irs: int
-    snd_una: int
-    snd_nxt: int
-    snd_wnd: int
-    snd_wl1: int
-    snd_wl2: int
-    rcv_nxt: int
-    rcv_acked: int
-    ts_recent: int
-    need_base: int
-    answered: int
-    said_before: int
-    cwnd: int
-    ssthresh: int
-    timed_end: int
-    held_sent: int
-    timed_ns: int
-    srtt_ns: int
-    rttvar_ns: int
-    rto_ns: int
-    rto_at: int
-    ack_at: int
-    progress_ns: int
-    client_ns: int
-    log_last: int
-    held_at: int
-    asked_ns: int
-    client_rtt_ns: int
-    online: bytes
-    target: bytes
-
-
-KERNEL_SESSION = struct.Struct("<II6B6Hh23I12Q36s36s")
+#: ``struct pycopy_session``: pycopy/session/fields.py.
+SESSION_BYTES = 288
 
 #: ``struct pycopy_flow``.
 FLOW = struct.Struct("<II")

@@ -62,7 +62,7 @@ SHAPES: dict[str, Shape] = {
     "cookie": Shape(syscall.ARRAY, 4, 8),
     "probes": Shape(syscall.ARRAY, 4, 8),
     # The kernel's sessions: pycopy/fastpath/maps.py makes them.
-    "sessions": Shape(syscall.ARRAY, 4, abi.KERNEL_SESSION.size, lock_first=True),
+    "sessions": Shape(syscall.ARRAY, 4, abi.SESSION_BYTES, lock_first=True),
     "flows": Shape(syscall.HASH, KEY.size, abi.FLOW.size, flags=syscall.NO_PREALLOC),
     "targets": Shape(syscall.HASH, KEY.size, abi.FLOW.size, flags=syscall.NO_PREALLOC),
     "ended": Shape(syscall.LRU_HASH, KEY.size, 4),

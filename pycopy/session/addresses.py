@@ -195,12 +195,16 @@ def first_host(net: Network) -> int:
     return 0 if usable_hosts(net) == net.num_addresses else 1
 
 
+#: Multiply, then fold: neighbouring ports go to different workers.
+WORKER_MIX = ((0x7FEB352D, 15), (0x846CA68B, 16))
+
+
 def worker_of(client_port: int, workers: int) -> int:
     """Which of so many workers has the flows of that port; the twin of is_mine() in capture.c."""
-    mixed = client_port * 0x7FEB352D & MASK
-    mixed ^= mixed >> 15
-    mixed = mixed * 0x846CA68B & MASK
-    mixed ^= mixed >> 16
+    mixed = client_port
+    for factor, shift in WORKER_MIX:
+        mixed = mixed * factor & MASK
+        mixed ^= mixed >> shift
     return mixed * workers >> 32
 
 

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 from pycopy.session import losing, receiving, recovery, release
 from pycopy.session.fates import Count, ResponseFate
-from pycopy.session.rules import MS
+from pycopy.session.rules import (
+    DEFAULT_MSS,
+    INITIAL_WINDOW,
+    MAX_WSCALE,
+    MIN_MSS,
+    MS,
+    NO_SSTHRESH,
+    TIMESTAMPS_BYTES,
+)
 from pycopy.session.states import FIN_IN_FLIGHT, MAY_RECEIVE, SAID_ALL, Event, Outcome, State
 from pycopy.session.views import AT_ONCE, NEVER, Target, unwrap
 from pycopy.wire.segment import ACK, FIN, OPT_TIMESTAMPS, OPT_WSCALE, PSH, RST, SYN, Segment
@@ -19,19 +27,6 @@ from pycopy.wire.seq import MASK, diff
 
 if TYPE_CHECKING:  # pragma: no cover
     from pycopy.session.session import Session
-
-#: RFC 9293 3.7.1: what a SYN without the option means (IPv4, IPv6).
-DEFAULT_MSS = {4: 536, 6: 1220}
-
-#: Linux's TCP_MIN_MSS. A smaller option is an attack (CVE-2019-11479), and with 40 bytes of
-#: options of our own nothing would be left of a segment.
-MIN_MSS = 88
-
-#: RFC 7323 2.3.
-MAX_WSCALE = 14
-
-#: Bytes that timestamps take of every segment (RFC 7323 appendix A).
-TIMESTAMPS_BYTES = 12
 
 
 def in_closed(session: "Session", seg: Segment, now_ns: int) -> ResponseFate:
@@ -76,7 +71,7 @@ def _establish(session: "Session", seg: Segment, now_ns: int) -> None:
     target.smss = target.mss - TIMESTAMPS_BYTES if timestamps else target.mss
     target.ts_recent = seg.tsval
     _advance(session, target.snd_nxt, seg, now_ns)
-    target.cwnd, target.ssthresh = recovery.INITIAL_WINDOW * target.smss, 1 << 30
+    target.cwnd, target.ssthresh = INITIAL_WINDOW * target.smss, NO_SSTHRESH
     target.snd_wnd = seg.wnd  # RFC 7323 2.2: never scaled in a SYN
     target.snd_wl1, target.snd_wl2 = 0, target.snd_una
     session.move(Event.SYN_ACK)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from pycopy.session.addresses import Addresses, IsFree, other_port
 from pycopy.session.admission import Admission
-from pycopy.session.arrival import MAX_WSCALE, MIN_MSS
 from pycopy.session.fates import Count, Fate
+from pycopy.session.rules import MAX_WSCALE, MIN_MSS
 from pycopy.session.session import Session, drop
 from pycopy.session.states import Outcome, State
 from pycopy.session.views import NO_POSITION, Online, Target

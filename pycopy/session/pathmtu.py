@@ -9,8 +9,8 @@ session is short beside the ten minutes after which a host may try (RFC 1191 6.3
 from typing import TYPE_CHECKING
 
 from pycopy.session import departure
-from pycopy.session.arrival import MIN_MSS, TIMESTAMPS_BYTES
 from pycopy.session.fates import Count, ResponseFate
+from pycopy.session.rules import MIN_MSS, TIMESTAMPS_BYTES
 from pycopy.session.states import State
 from pycopy.wire.segment import OPT_TIMESTAMPS, Segment
 from pycopy.wire.seq import MASK

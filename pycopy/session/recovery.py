@@ -13,9 +13,6 @@ from pycopy.session.views import NO_POSITION, Target
 #: RFC 5681 3.2.
 DUP_ACK_THRESHOLD = 3
 
-#: RFC 6928 2, in segments.
-INITIAL_WINDOW = 10
-
 
 def sample_rtt(target: Target, rules: Rules, rtt_ns: int) -> None:
     """RFC 6298 2: smooth a round trip that was measured unambiguously."""

@@ -34,7 +34,7 @@ case; and where both servers answer alike it holds in the very turn in which the
 is complete. (The original waits 1.5 to 2 round trips after the last response segment.)
 """
 
-from pycopy.session.rules import Rules
+from pycopy.session.rules import QUIET_ROUND_TRIPS, Rules
 from pycopy.session.stream import HORIZON_BYTES
 from pycopy.session.views import NEVER, NO_POSITION, Chunk, Online, Target
 from pycopy.wire.seq import MASK
@@ -62,7 +62,7 @@ def quiet_deadline_ns(target: Target, rules: Rules, since_ns: int) -> int:
         return NEVER  # not all received, not answered, or the response has a hole
     if target.rcv_nxt == 1 and not target.answered:
         return since_ns + rules.greeting_ns
-    wait_ns = 4 * target.srtt_ns
+    wait_ns = QUIET_ROUND_TRIPS * target.srtt_ns
     return since_ns + min(max(wait_ns, rules.quiet_ns), rules.quiet_max_ns)
 
 

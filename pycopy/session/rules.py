@@ -8,6 +8,28 @@ from dataclasses import dataclass
 MS = 1_000_000
 SECOND = 1_000_000_000
 
+#: RFC 9293 3.7.1: what a SYN without the option means (IPv4, IPv6).
+DEFAULT_MSS = {4: 536, 6: 1220}
+
+#: Linux's TCP_MIN_MSS. A smaller option is an attack (CVE-2019-11479), and with 40 bytes of
+#: options of our own nothing would be left of a segment.
+MIN_MSS = 88
+
+#: RFC 7323 2.3.
+MAX_WSCALE = 14
+
+#: Bytes that timestamps take of every segment (RFC 7323 appendix A).
+TIMESTAMPS_BYTES = 12
+
+#: RFC 6928 2, in segments.
+INITIAL_WINDOW = 10
+
+#: RFC 5681 3.1: "arbitrarily high". No window is larger (RFC 7323 2.3).
+NO_SSTHRESH = 1 << 30
+
+#: A silence of so many round trips may be the end of a response (release.py).
+QUIET_ROUND_TRIPS = 4
+
 
 @dataclass(slots=True)
 class Rules:

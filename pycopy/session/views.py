@@ -14,6 +14,7 @@ Tests: tests/unit/test_stream.py, tests/unit/test_receiving.py, tests/unit/test_
 
 from collections.abc import Sequence
 
+from pycopy.session.rules import INITIAL_WINDOW, NO_SSTHRESH
 from pycopy.wire.segment import FIN
 from pycopy.wire.seq import MASK, diff
 
@@ -169,8 +170,8 @@ class Target:
         self.rttvar_ns = 0
         self.rto_ns = rto_ns
         #: RFC 5681, RFC 6582, RFC 6675: recovery.py.
-        self.cwnd = 10 * mss
-        self.ssthresh = 1 << 30
+        self.cwnd = INITIAL_WINDOW * mss
+        self.ssthresh = NO_SSTHRESH
         self.dup_acks = 0
         self.recovery_end = NO_POSITION
         self.resend_next = 0

@@ -16,8 +16,9 @@ from pycopy.fastpath.driver import SWEEP_NS, add_to
 from pycopy.fastpath.handover import Keeper, adopt
 from pycopy.fastpath.kernel import active
 from pycopy.kernel import abi, syscall
-from pycopy.kernel.abi import KNOWN_OVERLAP, CaptureCount, FastCount, KernelSession, Left, Owner
+from pycopy.kernel.abi import CaptureCount, FastCount, Left, Owner
 from pycopy.session.fates import Fate
+from pycopy.session.fields import KERNEL_SESSION, KernelSession, Known
 from pycopy.session.rules import SECOND
 from pycopy.session.states import State
 from pycopy.wire.segment import KEY, KIND_CLIENT, KIND_TOO_BIG, OPT_TIMESTAMPS, RST, SYN
@@ -140,7 +141,7 @@ class Pair(Script):
         if slot == abi.NO_SLOT:
             return None
         state = maps["sessions"].lookup(slot.to_bytes(4, "little"))
-        session = KernelSession(*abi.KERNEL_SESSION.unpack(state))
+        session = KernelSession(*KERNEL_SESSION.unpack(state))
         kept = session.owner in (Owner.KERNEL, Owner.LEAVING)
         return session if kept and session.generation == generation else None
 
@@ -284,7 +285,7 @@ class Pair(Script):
         if kept is None:
             super().star_overlapping(answer)
         else:
-            self.compare("overlapping", bool(kept.known & KNOWN_OVERLAP), answer == "yes")
+            self.compare("overlapping", bool(kept.known & Known.OVERLAP), answer == "yes")
 
     def star_lower_mss(self, mss):
         # Only what user space sends can be too big for the device: the kernel looks before.

@@ -16,7 +16,8 @@ from scapy.layers.l2 import Ether
 
 from pycopy.fastpath.kernel import KernelSessions
 from pycopy.kernel import abi, syscall
-from pycopy.kernel.abi import FastCount, KernelSession
+from pycopy.kernel.abi import FastCount
+from pycopy.session.fields import KERNEL_SESSION, KernelSession
 from pycopy.session.rules import Rules
 from pycopy.wire.segment import KEY
 from tests.bpf.frames import CLIENT, CLIENT6, SERVER, SERVER6, SYN_OPTIONS, tcp
@@ -111,7 +112,7 @@ class Bench:
         """Every slot's session."""
         table = self.kernel.maps.by_name["sessions"]
         return [
-            KernelSession(*abi.KERNEL_SESSION.unpack(table.lookup(slot.to_bytes(4, "little"))))
+            KernelSession(*KERNEL_SESSION.unpack(table.lookup(slot.to_bytes(4, "little"))))
             for slot in range(self.kernel.maps.slots)
         ]
 

@@ -6,6 +6,7 @@ import struct
 from pycopy.kernel import abi, objects, shapes, syscall
 from pycopy.report import ledger
 from pycopy.session.fates import HOLD_BUCKETS_US
+from pycopy.session.fields import KERNEL_SESSION, KernelSession, Known
 from pycopy.session.states import State
 from pycopy.wire.segment import (
     KEY,
@@ -175,7 +176,7 @@ def test_pool(tmp_path):
 
 
 def test_kernel_session(tmp_path):
-    check_layout(tmp_path, "pycopy_session", abi.KERNEL_SESSION, abi.KernelSession._fields)
+    check_layout(tmp_path, "pycopy_session", KERNEL_SESSION, KernelSession._fields)
 
 
 def test_flow_and_attention(tmp_path):
@@ -198,14 +199,15 @@ def test_fast_config(tmp_path):
 
 def test_command(tmp_path):
     """A header, and behind it a whole session."""
-    packed = struct.Struct(f"{abi.COMMAND.format}{abi.KERNEL_SESSION.size}s")
+    packed = struct.Struct(f"{abi.COMMAND.format}{KERNEL_SESSION.size}s")
     names = ("request", "slot", "generation", "reserved", "session")
+    assert KERNEL_SESSION.size == abi.SESSION_BYTES
     check_layout(tmp_path, "pycopy_command", packed, names)
 
 
 def test_structs_of_the_kernels_sessions_have_no_padding():
     for packed, names in (
-        (abi.KERNEL_SESSION, abi.KernelSession._fields),
+        (KERNEL_SESSION, KernelSession._fields),
         (abi.LOG_RECORD, abi.LogRecord._fields),
         (abi.HOP, abi.HopEntry._fields),
         (abi.FAST_CONFIG, abi.FastConfig._fields),
@@ -221,8 +223,7 @@ def test_constants_of_the_kernels_sessions(tmp_path):
         "PYCOPY_LEFT_REASONS": len(abi.Left),
         **{f"PYCOPY_FAST_{count.name}": count.value for count in abi.FastCount},
         "PYCOPY_FAST_COUNTS": abi.FAST_COUNTS,
-        **{f"PYCOPY_KNOWN_{bit}": getattr(abi, f"KNOWN_{bit}")
-           for bit in ("IRS", "NEED", "FIN", "TIME", "SENT")},
+        **{f"PYCOPY_KNOWN_{bit.name}": bit.value for bit in Known},
         **{f"PYCOPY_{request}": getattr(abi, request)
            for request in ("TAKE", "HAVE", "GIVE", "DROP", "FILL")},
         "PYCOPY_FILL_SLOTS": abi.FILL_SLOTS,

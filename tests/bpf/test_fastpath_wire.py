@@ -17,10 +17,10 @@ from scapy.layers.inet import IP
 from scapy.layers.inet6 import IPv6
 
 from pycopy.fastpath.kernel import KernelSessions
-from pycopy.kernel import abi
-from pycopy.kernel.abi import CaptureCount, FastCount, InterceptCount, KernelSession
+from pycopy.kernel.abi import CaptureCount, FastCount, InterceptCount
 from pycopy.kernel.attach import Hook, attach
 from pycopy.lab import offloads
+from pycopy.session.fields import KERNEL_SESSION, KernelSession
 from pycopy.session.rules import Rules
 from tests.bpf.fast import Bench, check_balance, check_frame
 from tests.bpf.frames import SYN_OPTIONS, tcp
@@ -116,7 +116,7 @@ class Copying:
         self.tick()
         table = self.kernel.maps.by_name["sessions"]
         sessions = [
-            KernelSession(*abi.KERNEL_SESSION.unpack(table.lookup(slot.to_bytes(4, "little"))))
+            KernelSession(*KERNEL_SESSION.unpack(table.lookup(slot.to_bytes(4, "little"))))
             for slot in range(self.kernel.maps.slots)
         ]
         return all(session.snd_una == session.snd_nxt for session in sessions)

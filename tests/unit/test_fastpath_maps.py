@@ -9,6 +9,7 @@ from pycopy.fastpath import maps as maps_module
 from pycopy.fastpath.maps import LOG_MIN_BYTES, LOG_TOTAL_BYTES, SLOTS_MAX, Maps, log_bytes
 from pycopy.kernel import abi, objects, shapes, syscall
 from pycopy.kernel.abi import Constant
+from pycopy.session.fields import KERNEL_SESSION
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 7, 8, 31, 32, 33, 128, 1024])
@@ -40,7 +41,7 @@ def test_sizes(few):
     assert sizes["log"] == few.cpus == syscall.possible_cpus()
     assert len(few.log) >= few.log_at(few.cpus - 1) + few.log_value_bytes
     values = {name: each.value_bytes for name, each in few.by_name.items()}
-    assert values["sessions"] == abi.KERNEL_SESSION.size
+    assert values["sessions"] == KERNEL_SESSION.size
     assert values["fast_counts"] == 8 * abi.FAST_COUNTS
 
 

@@ -9,20 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pycopy.fastpath.handover import adopt, describe, may_give, unfinished
-from pycopy.kernel.abi import (
-    KERNEL_SESSION,
-    KNOWN_DOUBT,
-    KNOWN_FIN,
-    KNOWN_IRS,
-    KNOWN_NEED,
-    KNOWN_OVERLAP,
-    KNOWN_SENT,
-    LOG_BOUNDARY,
-    KernelSession,
-    LogRecord,
-    Owner,
-)
+from pycopy.kernel.abi import LOG_BOUNDARY, LogRecord, Owner
 from pycopy.report.ledger import Ledger
+from pycopy.session.fields import KERNEL_SESSION, KernelSession, Known
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.session import Session
 from pycopy.session.states import State
@@ -54,7 +43,7 @@ def kernel_session(**fields):
     values = dict(
         owner=Owner.USER, state=State.ESTABLISHED.value, family=4, options=15, snd_wscale=7,
         rcv_wscale=6, service=3, mss=1400, smss=1388, stretch=-5,
-        known=KNOWN_IRS | KNOWN_NEED | KNOWN_SENT, iss=0xFFFFFFF0,
+        known=Known.IRS | Known.NEED | Known.SENT, iss=0xFFFFFFF0,
         online_irs=0xFFFFFF00, online_snd_nxt=85, online_rcv_nxt=0xFFFFFF01,
         online_need=0xFFFFFF01, sent_need=0xFFFFFF01, irs=0xFFFFFFFE, snd_una=85, snd_nxt=85,
         snd_wnd=60_000, snd_wl1=0xFFFFFFFF, snd_wl2=85, rcv_nxt=499, rcv_acked=0xFFFFFFFF,
@@ -76,7 +65,7 @@ def test_a_held_segment_of_which_a_part_has_left():
     size = PIECE_BYTES + 3000
     kernel = kernel_session(
         iss=0, snd_una=1401, snd_nxt=2801, online_snd_nxt=1 + size, rto_at=9 * SECOND,
-        known=KNOWN_IRS | KNOWN_NEED | KNOWN_SENT, held=1, held_sent=2800,
+        known=Known.IRS | Known.NEED | Known.SENT, held=1, held_sent=2800,
     )  # fmt: skip
     data = bytes(number % 251 for number in range(size))
     session = adopt(
@@ -94,7 +83,7 @@ def test_a_held_segment_of_which_a_part_has_left():
 
 def test_what_is_known_of_the_client_comes_along():
     kernel = kernel_session(
-        known=KNOWN_IRS | KNOWN_NEED | KNOWN_SENT | KNOWN_OVERLAP | KNOWN_DOUBT,
+        known=Known.IRS | Known.NEED | Known.SENT | Known.OVERLAP | Known.DOUBT,
         asked=80, asked_ns=3 * SECOND, client_rtt_ns=20 * MS, answered=498, said_before=497,
     )  # fmt: skip
     session = adopt(Host(), kernel, [], 6 * SECOND)
@@ -103,7 +92,7 @@ def test_what_is_known_of_the_client_comes_along():
     assert (target.asked, target.answered, target.said_before) == (96, 500, 499)
     again = describe(session)
     assert target.doubtful
-    assert again.known & KNOWN_OVERLAP and again.known & KNOWN_DOUBT
+    assert again.known & Known.OVERLAP and again.known & Known.DOUBT
     assert (again.asked, again.answered, again.said_before) == (80, 498, 497)
 
 
@@ -200,7 +189,7 @@ def test_where_one_side_has_closed(state):
     client_closed = state is not State.CLOSE_WAIT
     waiting = client_closed and state is not State.FIN_WAIT_2
     kernel = kernel_session(
-        state=state.value, known=KNOWN_IRS | KNOWN_NEED | (KNOWN_FIN if client_closed else 0),
+        state=state.value, known=Known.IRS | Known.NEED | (Known.FIN if client_closed else 0),
         snd_una=86 if client_closed and not waiting else 85, snd_nxt=86 if client_closed else 85,
         online_snd_nxt=86 if client_closed else 85, rto_at=9 * SECOND if waiting else 0,
     )  # fmt: skip
@@ -271,7 +260,7 @@ def test_what_is_out_of_the_ordinary_stays(what):
 def test_what_has_no_request_yet():
     """The first one is a boundary and measures what the target has answered before."""
     kernel = describe(opened())
-    assert kernel.known == KNOWN_IRS and kernel.online_need == 0
+    assert kernel.known == Known.IRS and kernel.online_need == 0
     assert adopt(Host(), kernel, [], 0).online.queue_need == -1
 
 

@@ -3,15 +3,8 @@
 import pytest
 
 from pycopy.fastpath.handover import adopt, describe
-from pycopy.kernel.abi import (
-    KNOWN_DOUBT,
-    KNOWN_FIN,
-    KNOWN_IRS,
-    KNOWN_NEED,
-    KNOWN_OVERLAP,
-    KNOWN_SENT,
-    Owner,
-)
+from pycopy.kernel.abi import Owner
+from pycopy.session.fields import Known
 from pycopy.session.rules import MS, SECOND
 from pycopy.session.states import State
 from pycopy.session.views import NEVER
@@ -33,7 +26,7 @@ def given(*played, irs=5000, online_irs=7000):
 def test_the_first_position_is_not_4_gigabytes_on():
     """Handed over before the ACK of the handshake left."""
     irs = kernel_session().irs
-    kernel = kernel_session(known=KNOWN_IRS, rcv_nxt=irs + 1 & 0xFFFFFFFF, rcv_acked=irs)
+    kernel = kernel_session(known=Known.IRS, rcv_nxt=irs + 1 & 0xFFFFFFFF, rcv_acked=irs)
     target = adopt(Host(), kernel, [], SECOND).target
     assert (target.rcv_nxt, target.rcv_acked) == (1, 0)
 
@@ -41,7 +34,7 @@ def test_the_first_position_is_not_4_gigabytes_on():
 def test_nothing_was_said_before_the_first_position():
     """What the kernel's numbers put there was said 4 GB later."""
     irs = kernel_session().irs
-    kernel = kernel_session(known=KNOWN_IRS, rcv_nxt=irs + 5 & 0xFFFFFFFF, rcv_acked=irs - 10)
+    kernel = kernel_session(known=Known.IRS, rcv_nxt=irs + 5 & 0xFFFFFFFF, rcv_acked=irs - 10)
     target = adopt(Host(), kernel, [], SECOND).target
     assert (target.rcv_nxt, target.rcv_acked) == ((1 << 32) + 5, (1 << 32) - 10)
 
@@ -75,7 +68,7 @@ def test_the_end_of_time_wait_is_no_timeout():
     """The kernel keeps both in one field."""
     kernel = kernel_session(
         state=State.TIME_WAIT.value, rto_at=9 * SECOND,
-        known=KNOWN_IRS | KNOWN_NEED | KNOWN_SENT | KNOWN_FIN,
+        known=Known.IRS | Known.NEED | Known.SENT | Known.FIN,
     )  # fmt: skip
     assert adopt(Host(), kernel, [], SECOND).rto_at == NEVER
 
@@ -110,12 +103,12 @@ def test_a_server_may_begin_at_zero():
 
 def test_what_is_known_behind_a_request_that_needed_nothing():
     session, kernel = given(("ask", 10), ("answer", 20))
-    assert kernel.known == KNOWN_IRS | KNOWN_NEED | KNOWN_SENT
+    assert kernel.known == Known.IRS | Known.NEED | Known.SENT
     assert kernel.online_need == kernel.sent_need == 7001
     session.online.overlapping = True
-    assert describe(session).known == KNOWN_IRS | KNOWN_NEED | KNOWN_SENT | KNOWN_OVERLAP
+    assert describe(session).known == Known.IRS | Known.NEED | Known.SENT | Known.OVERLAP
     session.online.overlapping, session.target.doubtful = False, True
-    assert describe(session).known == KNOWN_IRS | KNOWN_NEED | KNOWN_SENT | KNOWN_DOUBT
+    assert describe(session).known == Known.IRS | Known.NEED | Known.SENT | Known.DOUBT
 
 
 def test_the_windows_as_they_are_and_the_largest():

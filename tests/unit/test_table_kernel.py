@@ -5,10 +5,11 @@ import struct
 import pytest
 
 from pycopy.fastpath.handover import Keeper, adopt
-from pycopy.kernel.abi import KNOWN_IRS, KernelSession, LogRecord
+from pycopy.kernel.abi import LogRecord
 from pycopy.report.ledger import Ledger
 from pycopy.session.addresses import KeptAddresses
 from pycopy.session.fates import Count, Fate, ResponseFate
+from pycopy.session.fields import KernelSession, Known
 from pycopy.session.keeper import Nobody
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.states import Outcome, State
@@ -200,7 +201,7 @@ def test_a_response_fetches_its_session():
 
 def in_flight(given):
     """The same session with a request on its way, and its record."""
-    kernel = given._replace(snd_nxt=8, online_snd_nxt=8, ack_at=0, rto_at=300 * MS, known=KNOWN_IRS)
+    kernel = given._replace(snd_nxt=8, online_snd_nxt=8, ack_at=0, rto_at=300 * MS, known=Known.IRS)
     return kernel, [(LogRecord(0, 0, 0, 1, 1, 7, PSH | ACK, 8, 0, 0, 0), b"request")]
 
 
