@@ -44,29 +44,31 @@ def _declared(owner: str, spaces: Set[Space]) -> list[tuple[int, str, int]]:
     ``owner``: "online", "target", or "" for the session itself.
     """
     return [
-        (index, field.at.rpartition(".")[2], field.present or 0)
+        (index, field.at.rpartition(".")[2], int(field.present or 0))
         for index, field in enumerate(FIELDS)
         if field.at and field.at.rpartition(".")[0] == owner and field.space in spaces
     ]
 
 
-#: In the engine's order of things: what adopt() sets.
+#: What adopt() sets.
 _OF_SESSION = _declared("", _ALIKE)
 _OF_ONLINE = _declared("online", _ALIKE)
 _OF_TARGET = _declared("target", _ALIKE)
 _DEADLINES = _declared("", {Space.DEADLINE})
 _SENT_OF_TARGET = _declared("target", {Space.SENT})
 _SAID_OF_TARGET = _declared("target", {Space.TARGET})
+_BITS = [(int(bit), *bit.at.rpartition(".")[::2]) for bit in Known if bit.at]
 
-#: And what describe() reads.
-_READ = [field for field in FIELDS if field.at and field.space in _ALIKE]
-_read = attrgetter(*(field.at for field in _READ))
+#: And what as_kernel() reads.
+_READ = [field.name for field in FIELDS if field.at and field.space in _ALIKE]
+_read = attrgetter(*(field.at for field in FIELDS if field.at and field.space in _ALIKE))
+_STREAMS = (Space.SENT, Space.ONLINE, Space.TARGET)
 _READ_POSITIONS = [
-    (field.name, field.space, attrgetter(field.at), field.present or 0)
+    (field.name, _STREAMS.index(field.space), attrgetter(field.at), int(field.present or 0))
     for field in FIELDS
-    if field.at and field.space in (Space.SENT, Space.ONLINE, Space.TARGET)
+    if field.at and field.space in _STREAMS
 ]
-_READ_BITS = [(bit, attrgetter(bit.at)) for bit in Known if bit.at]
+_READ_BITS = [(int(bit), attrgetter(bit.at)) for bit in Known if bit.at]
 _NOTHING = {field.name: 0 for field in FIELDS}
 
 
@@ -154,10 +156,8 @@ def adopt(host: Host, kernel: KernelSession, logged: Sequence[Logged], now_ns: i
         setattr(session, attribute, kernel[index] or NEVER)
     for index, attribute, _ in _OF_SESSION:
         setattr(session, attribute, kernel[index])
-    for bit in Known:
-        if bit.at:
-            owner, _, attribute = bit.at.partition(".")
-            setattr(getattr(session, owner), attribute, bool(kernel.known & bit))
+    for mask, owner, attribute in _BITS:
+        setattr(getattr(session, owner), attribute, bool(kernel.known & mask))
     return session
 
 
@@ -285,32 +285,48 @@ def may_give(session: Session) -> bool:
     )
 
 
-def describe(session: Session) -> KernelSession:
-    """``session`` as the kernel goes on with it; only where :func:`may_give` says so."""
+def as_kernel(session: Session) -> dict[str, Any]:
+    """The fields of ``session``, by name, in the kernel's numbers.
+
+    Without those that are the kernel's own, and those whose bit of ``known`` is not set. The
+    states of both executors are compared by it: all that is not sampled is equal.
+    """
     online, target = session.online, session.target
-    irs, need = online.irs or 0, 0
-    known: int = Known.IRS
+    irs = online.irs or 0
+    known: int = Known.IRS if online.irs is not None else 0
     if online.queue_need >= 0:
         known |= Known.NEED
-        need = (irs + online.queue_need + 1) & MASK
+    if online.fin_pos != NO_POSITION:
+        known |= Known.FIN
     if target.asked:
         known |= Known.SENT
-    for bit, is_set in _READ_BITS:
+    for mask, is_set in _READ_BITS:
         if is_set(session):
-            known |= bit
-    fields = _NOTHING | {
-        field.name: value for field, value in zip(_READ, _read(session), strict=True)
-    }
-    firsts = {Space.SENT: target.iss, Space.ONLINE: irs, Space.TARGET: target.irs}
-    for name, space, position, needs in _READ_POSITIONS:
+            known |= mask
+    fields = dict(zip(_READ, _read(session), strict=True))
+    firsts = target.iss, irs, target.irs  # of _STREAMS
+    for name, stream, position, needs in _READ_POSITIONS:
         if known & needs == needs:
-            fields[name] = (firsts[space] + position(session)) & MASK
+            fields[name] = (firsts[stream] + position(session)) & MASK
+    if known & Known.IRS:
+        fields["online_irs"] = irs
+    if known & Known.NEED:
+        fields["online_need"] = (irs + online.queue_need + 1) & MASK
     fields |= dict(
-        owner=Owner.KERNEL, state=session.state.value, known=known, iss=target.iss,
-        online_irs=irs, online_need=need, sent_need=need, need_base=target.need_base & MASK,
-        cwnd=min(target.cwnd, NO_SSTHRESH), ssthresh=min(target.ssthresh, NO_SSTHRESH),
+        state=session.state.value, known=known, iss=target.iss,
+        need_base=target.need_base & MASK,
         ack_at=0 if session.ack_at == NEVER else session.ack_at,
     )  # fmt: skip
+    return fields
+
+
+def describe(session: Session) -> KernelSession:
+    """``session`` as the kernel goes on with it; only where :func:`may_give` says so."""
+    fields = _NOTHING | as_kernel(session)
+    fields["owner"] = Owner.KERNEL
+    fields["sent_need"] = fields["online_need"]
+    for window in ("cwnd", "ssthresh"):  # which have no limit here
+        fields[window] = min(fields[window], NO_SSTHRESH)
     return KernelSession(**fields)
 
 
