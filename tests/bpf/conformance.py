@@ -4,7 +4,8 @@ The kernel's sessions (bpf/session.h, through the loaded programs) and the engin
 (pycopy/session) share the work as they do in ``pycopy replay``: a captured segment is a
 frame that goes through capture.c, a response one through intercept.c, what the programs
 leave to user space comes out of their rings, and a quiet session is given back. What either
-sends must be what the script expects of the engine alone.
+sends must be what the script expects of the engine alone. That one runs beside them, and after
+every line each session of the kernel's is held against its (states.py).
 
 What BPF_PROG_TEST_RUN cannot take, user space gets as a record; :attr:`Pair.direct` counts it.
 """
@@ -25,6 +26,7 @@ from pycopy.wire.segment import KEY, KIND_CLIENT, KIND_TOO_BIG, OPT_TIMESTAMPS, 
 from tests.bpf.fastpath import OURS_L2, SLOTS
 from tests.bpf.harness import TC_CONTINUE, TC_MAX_BYTES, TC_SHOT
 from tests.bpf.segments import frame_of, read
+from tests.bpf.states import Alone, Comparison
 from tests.sessions.runner import Failed, Script
 
 TC_REDIRECT = 7
@@ -63,6 +65,7 @@ class Pair(Script):
         self.user = Counter()  # segments that left the kernel, by kind
         self.idle_acks = Counter()  # which the capture does not even count as captured, by fate
         self.ended = False
+        self.was_idle = False  # the client's last segment: no record, whoever has the session
         self.stamping = set()  # clients that sent timestamps in their SYN
         self.sweep_at = START_NS + SWEEP_NS
         self.second_at = START_NS + SECOND
@@ -78,6 +81,26 @@ class Pair(Script):
             )  # fmt: skip
             self.kernel.set_hop(service, hop, family, 80 + service, 1460)
         self._adopt, self.table._adopt = self.table._adopt, self.adopt
+        #: The engine that runs alone beside, and what is compared with it.
+        self.alone_engine = Alone(self, text)
+        self.comparison = Comparison(
+            lambda at: self.kernel._read_log(at)[0], self.alone_engine.table._lingering
+        )
+        self.stepped = 0
+
+    def step(self, line):
+        before = self.stepped
+        super().step(line)
+        if self.stepped == before:  # no line that stands for others
+            self.stepped += 1
+            self.alone_engine.step(line)
+            self.compare_states()
+
+    def compare_states(self):
+        """Every session of the kernel's stands where the engine's stands."""
+        if self.ended:
+            return  # what lingers is left to itself
+        self.comparison.check(self.kept(), self.alone_engine.table.by_target)
 
     def adopt(self, found, now_ns):
         """The table goes on with a session of the kernel's: the connection is the same."""
@@ -211,6 +234,7 @@ class Pair(Script):
         # A test run cannot make a super-segment that a device would cut.
         if len(payload) > MSS:
             self.direct += 1
+            self.was_idle = False
             self.table.on_client(seg, payload, self.now_ns)
             return
         counts = self.programs.capture.maps["counts"]
@@ -220,6 +244,7 @@ class Pair(Script):
             raise Failed(f"the client's packet did not pass unchanged: {run}")
         known = self.kernel.maps.by_name["flows"].lookup(seg.key) is not None
         idle = counts.sum_percpu(CaptureCount.PURE_ACK) - idle
+        self.was_idle = bool(idle)
         self.idle_acks[Fate.STEERED if known else Fate.STRAY] += idle
         self.take()
         for record, data in self.programs.captured.drain(1 << 20):
@@ -256,6 +281,10 @@ class Pair(Script):
         return {why.name: counts[why] for why in Left if counts[why]}
 
     # -- lines with a star ---------------------------------------------------------------------
+
+    def star_open(self, *words):
+        self.alone_engine.advance(self.now_ns)
+        super().star_open(*words)
 
     def star_rule(self, name, value):
         super().star_rule(name, value)

@@ -66,18 +66,25 @@ class Programs:
     def reset(self):
         """Whatever a script that failed has left behind: the next one begins with nothing."""
         self.kernel.set_clock(1 << 60)
-        for name in ("targets", "flows"):
+        for name in ("targets", "flows", "ended"):
             table = self.kernel.maps.by_name[name]
             while (key := syscall.map_next_key(table.fd, None, KEY.size)) is not None:
                 table.delete(key)
         self.kernel.sweep()
         list(self.kernel.on_timer())
+        maps = self.kernel.maps.by_name
+        while syscall.stack_pop(maps["lingering"].fd, abi.LINGERING.size) is not None:
+            pass
+        for slot in range(SLOTS):
+            maps["sessions"].update(slot.to_bytes(4, "little"), bytes(abi.KERNEL_SESSION.size))
         self.slots()
         self.add_slots([slot.to_bytes(4, "little") for slot in range(SLOTS)])
         self.kernel._leaving, self.kernel._fetched = Leaving(), {}
         self.kernel.maps.by_name["fast_counts"].update(bytes(4), bytes(self.counts_bytes))
         for ring in (self.captured, self.responses):
             list(ring.drain(1 << 20))
+        while select.select([self.wire], [], [], 0)[0]:
+            self.wire.recv(1 << 16)
 
     def add_slots(self, slots):
         for slot in slots:
