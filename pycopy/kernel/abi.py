@@ -180,7 +180,9 @@ LOG_BOUNDARY = 0x100
 LOG_HEAD = struct.Struct("<QQ48s")
 LOG_CPU_SHIFT = 48
 LOG_PAYLOAD = 65536
-LOG_ROOM = LOG_PAYLOAD + 9216 + 1024
+#: Longest payload of one frame made of the log.
+RELEASE_BYTES = 9216
+LOG_ROOM = LOG_PAYLOAD + RELEASE_BYTES + 1024
 
 #: ``struct pycopy_hop``, see :class:`HopEntry`.
 HOP = struct.Struct("<IBBH14s2s16s16s")
