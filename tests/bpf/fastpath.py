@@ -76,7 +76,7 @@ class Programs:
         while syscall.stack_pop(maps["lingering"].fd, abi.LINGERING.size) is not None:
             pass
         for slot in range(SLOTS):
-            maps["sessions"].update(slot.to_bytes(4, "little"), bytes(abi.KERNEL_SESSION.size))
+            maps["sessions"].update(slot.to_bytes(4, "little"), bytes(abi.SESSION_BYTES))
         self.slots()
         self.add_slots([slot.to_bytes(4, "little") for slot in range(SLOTS)])
         self.kernel._leaving, self.kernel._fetched = Leaving(), {}

@@ -2,21 +2,14 @@
 
 An engine that runs alone is given what the two executors are given. After each line of a script
 every session that the kernel has must stand where the engine's stands. Each field of
-:class:`~pycopy.kernel.abi.KernelSession` is compared, or named here with the reason why it is not.
+:class:`~pycopy.session.fields.KernelSession` is compared, or named here with the reason why it is
+not.
 """
 
 from collections import Counter
+from operator import attrgetter
 
-from pycopy.kernel.abi import (
-    KNOWN_DOUBT,
-    KNOWN_FIN,
-    KNOWN_IRS,
-    KNOWN_NEED,
-    KNOWN_OVERLAP,
-    KNOWN_SENT,
-    KNOWN_TIME,
-    KernelSession,
-)
+from pycopy.session.fields import FIELDS, Known, Space
 from pycopy.session.states import State
 from pycopy.session.views import NEVER, NO_POSITION
 from pycopy.wire.seq import MASK
@@ -35,7 +28,7 @@ KERNELS_OWN = {
 #: The kernel measures one round trip at a time, the engine each of a flight (RFC 6298 3 allows
 #: both). So these are compared for as long as a session has never had two segments in flight, and
 #: never lost one; what a timer makes of them is compared as long as the times themselves are.
-SAMPLED = ("srtt_ns", "rttvar_ns", "rto_ns", "rto_at", "timed_end", "timed_ns")
+SAMPLED = frozenset(field.name for field in FIELDS if field.sampled)
 
 #: Of a session that is over, what the kernel still answers with. The engine goes on to count what
 #: comes late, the kernel only acknowledges it.
@@ -102,131 +95,102 @@ class Comparison:
     def differences(self, kernel, session):
         """[(field, the kernel's value, the engine's)] of one session."""
         expected = self.expected(kernel, session)
-        skipped = set(KernelSession._fields) - set(expected) - set(KERNELS_OWN) - set(SAMPLED)
-        assert skipped <= UNKNOWN_AT_TIMES, skipped
-        sampled = set(SAMPLED) if session in self.apart else set()
+        sampled = SAMPLED if session in self.apart else frozenset()
         names = set(expected) - sampled
         if kernel.state == State.TIME_WAIT.value:
             names = set(STILL_SAID)
             expected["rto_at"] = self.ends_at(session)
         self.compared.update(names)
-        known = KNOWN_TIME if sampled else 0
+        unknown = Known.TIME if sampled else 0
         got = kernel._replace(
-            known=kernel.known & ~known, cwnd=min(kernel.cwnd, _WINDOW_MOST)
+            known=kernel.known & ~unknown, cwnd=min(kernel.cwnd, _WINDOW_MOST)
         )._asdict()
-        expected["known"] &= ~known
+        expected["known"] &= ~unknown
         return [(name, got[name], expected[name]) for name in names if got[name] != expected[name]]
 
     def expected(self, kernel, session):
-        online, target = session.online, session.target
-        return {
-            **self._connection(session),
-            **self._online(kernel, session),
-            **_numbers(target),
-            **_responses(kernel, target),
-            **_clocks(session),
-            "known": _known(session),
-            "held": sum(chunk.records for chunk in online.queue),
-            "held_sent": self._held_sent(kernel),
-        }
+        """{field: what the engine says}, of all that mean something now."""
+        expected = {}
+        for field in FIELDS:
+            if field.name in KERNELS_OWN or kernel.known & (field.present or 0) != (
+                field.present or 0
+            ):
+                continue
+            if field.at:
+                expected[field.name] = translate(field, session)
+            else:
+                expected[field.name] = getattr(self, f"_{field.name}")(kernel, session)
+        return {name: value for name, value in expected.items() if value is not None}
 
-    @staticmethod
-    def _connection(session):
-        target = session.target
+    # -- what the engine has in another way ----------------------------------------------------
+
+    def _state(self, _, session):
         # Closed, and still there for what comes late: a state of the kernel's own.
         over = session.state is State.CLOSED
-        return {
-            "state": (State.TIME_WAIT if over else session.state).value,
-            "family": session.family, "service": session.service,
-            "online": session.key, "target": session.target_key,
-            "options": target.options, "mss": target.mss, "smss": target.smss,
-            "snd_wscale": target.snd_wscale, "rcv_wscale": target.rcv_wscale, "iss": target.iss,
-        }  # fmt: skip
+        return (State.TIME_WAIT if over else session.state).value
 
-    def _online(self, kernel, session):
-        online = session.online
-        expected = {
-            "online_snd_nxt": (online.iss + online.snd_nxt) & MASK,
-            "asked_ns": online.asked_ns,
-            "client_rtt_ns": online.rtt_ns,
-            "client_ns": session.last_client_ns,
+    def _known(self, _, session):
+        online, target = session.online, session.target
+        bits = {
+            Known.IRS: online.irs is not None,
+            Known.NEED: online.queue_need >= 0,
+            Known.FIN: online.fin_pos != NO_POSITION,
+            Known.TIME: bool(target.flight),
+            Known.SENT: bool(target.asked),
+            **{bit: attrgetter(bit.at)(session) for bit in Known if bit.at},
         }
-        if kernel.known & KNOWN_IRS and online.irs is not None:
-            expected["online_irs"] = online.irs
-            expected["online_rcv_nxt"] = (online.irs + online.rcv_nxt) & MASK
-            if kernel.known & KNOWN_NEED:
-                expected["online_need"] = (online.irs + online.queue_need + 1) & MASK
-            if kernel.known & KNOWN_SENT and not online.queue:
-                expected["sent_need"] = (online.irs + online.queue_need + 1) & MASK
-            elif kernel.known & KNOWN_SENT and session in self.sent_need:
-                expected["sent_need"] = self.sent_need[session]
-        return expected
+        assert set(bits) == set(Known)
+        return sum(bit for bit, is_set in bits.items() if is_set)
+
+    def _iss(self, _, session):
+        return session.target.iss
+
+    def _held(self, _, session):
+        return sum(chunk.records for chunk in session.online.queue)
+
+    def _held_sent(self, kernel, _):
+        """How much of the oldest record has left: it begins at its number."""
+        return (kernel.snd_nxt - self.read_log(kernel.held_at).seq) & MASK if kernel.held else 0
+
+    def _online_irs(self, _, session):
+        return session.online.irs
+
+    def _online_need(self, _, session):
+        return (session.online.irs + session.online.queue_need + 1) & MASK
+
+    def _sent_need(self, _, session):
+        online = session.online
+        return self.sent_need.get(session) if online.queue else self._online_need(_, session)
+
+    def _need_base(self, _, session):
+        return session.target.need_base & MASK
+
+    def _timed_end(self, _, session):
+        flight = session.target.flight
+        return (session.target.iss + flight[0].end) & MASK if flight else None
+
+    def _timed_ns(self, _, session):
+        flight = session.target.flight
+        return flight[0].sent_ns if flight else None
+
+    def _rto_at(self, _, session):
+        return 0 if session.rto_at == NEVER else session.rto_at
 
     def ends_at(self, session):
         return next((until_ns for until_ns, each in self.lingering if each is session), None)
 
-    def _held_sent(self, kernel):
-        """How much of the oldest record has left: it begins at its number."""
-        return (kernel.snd_nxt - self.read_log(kernel.held_at).seq) & MASK if kernel.held else 0
 
-
-#: Fields that mean nothing before something has happened; `known` says whether it has.
-UNKNOWN_AT_TIMES = {
-    "online_irs", "online_rcv_nxt", "online_need", "sent_need", "asked", "answered", "said_before",
-}  # fmt: skip
-
-
-def _numbers(target):
-    return {
-        "snd_una": (target.iss + target.snd_una) & MASK,
-        "snd_nxt": (target.iss + target.snd_nxt) & MASK,
-        "snd_wnd": target.snd_wnd,
-        "snd_wl2": (target.iss + target.snd_wl2) & MASK if target.rcv_nxt else 0,
-        "cwnd": min(target.cwnd, _WINDOW_MOST),
-        "ssthresh": target.ssthresh,
-        "srtt_ns": target.srtt_ns, "rttvar_ns": target.rttvar_ns, "rto_ns": target.rto_ns,
-    }  # fmt: skip
-
-
-def _responses(kernel, target):
-    expected = {
-        "irs": target.irs,
-        "rcv_nxt": (target.irs + target.rcv_nxt) & MASK,
-        "rcv_acked": (target.irs + target.rcv_acked) & MASK,
-        "snd_wl1": (target.irs + target.snd_wl1) & MASK,
-        "ts_recent": target.ts_recent,
-        "stretch": target.stretch,
-        "need_base": target.need_base & MASK,
-    }
-    if kernel.known & KNOWN_SENT:
-        expected["answered"] = (target.irs + target.answered) & MASK
-        expected["said_before"] = (target.irs + target.said_before) & MASK
-        expected["asked"] = (target.iss + target.asked) & MASK
-    return expected
-
-
-def _clocks(session):
-    flight = session.target.flight
-    expected = {
-        "rto_at": 0 if session.rto_at == NEVER else session.rto_at,
-        "ack_at": 0 if session.ack_at == NEVER else session.ack_at,
-        "progress_ns": session.progress_ns,
-    }
-    if flight:
-        expected["timed_end"] = (session.target.iss + flight[0].end) & MASK
-        expected["timed_ns"] = flight[0].sent_ns
-    return expected
-
-
-def _known(session):
-    online, target = session.online, session.target
-    bits = {
-        KNOWN_IRS: online.irs is not None,
-        KNOWN_NEED: online.queue_need >= 0,
-        KNOWN_FIN: online.fin_pos != NO_POSITION,
-        KNOWN_TIME: bool(target.flight),
-        KNOWN_SENT: bool(target.asked),
-        KNOWN_OVERLAP: online.overlapping,
-        KNOWN_DOUBT: target.doubtful,
-    }
-    return sum(bit for bit, is_set in bits.items() if is_set)
+def translate(field, session):
+    """A field of the engine's, as the declaration says where it is and what it means."""
+    value = attrgetter(field.at)(session)
+    match field.space:
+        case Space.SENT if session.target.rcv_nxt or field.name != "snd_wl2":
+            return (session.target.iss + value) & MASK
+        case Space.ONLINE:
+            return (session.online.irs + value) & MASK
+        case Space.TARGET:
+            return (session.target.irs + value) & MASK
+        case Space.DEADLINE:
+            return 0 if value == NEVER else value
+        case _:
+            return min(value, _WINDOW_MOST) if field.name == "cwnd" else value
