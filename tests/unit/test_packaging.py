@@ -208,6 +208,12 @@ def test_the_versions_of_the_checks_are_pinned():
         assert re.fullmatch(r"[a-z-]+==[0-9.]+", pin), pin
 
 
+def test_mutmut_runs_tests_that_exist():
+    """It says nothing of a file that has been renamed, and more mutants survive."""
+    for path in PROJECT["tool"]["mutmut"]["pytest_add_cli_args_test_selection"]:
+        assert (ROOT / path).is_file(), path
+
+
 def test_check_explains_itself(tmp_path):
     """Before anything is installed; and what cannot be is said with its cure."""
     check = [sys.executable, ROOT / "contrib" / "check"]
