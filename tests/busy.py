@@ -41,7 +41,7 @@ class Watch:
 
     def __init__(self, load=lambda: os.getloadavg()[0], slowdown=slowdown, pause_s=PAUSE_S):
         self._load, self._slowdown, self._pause_s = load, slowdown, pause_s
-        self._cpus = len(os.sched_getaffinity(0))
+        self._cpus = os.cpu_count() or 1  # the load is the whole machine's
         self._failed = False
         self._next_s = 0.0
 

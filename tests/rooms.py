@@ -119,7 +119,8 @@ def in_circles(graph: Graph) -> list[str]:
 def layers() -> list[list[str]]:
     """The contract in pyproject.toml: the rooms from above to below, line by line."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    (contract,) = project["tool"]["importlinter"]["contracts"]
+    contracts = project["tool"]["importlinter"]["contracts"]
+    (contract,) = (each for each in contracts if each["type"] == "layers")
     return [[room.strip() for room in line.split("|")] for line in contract["layers"]]
 
 
