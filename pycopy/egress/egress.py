@@ -14,8 +14,8 @@ from pycopy.egress.sender import Sender
 from pycopy.host.nexthop import Hop, NextHops
 from pycopy.report.ledger import Ledger
 from pycopy.session import rewrite
+from pycopy.session.connection import Connection, Emission
 from pycopy.session.fates import Count
-from pycopy.session.session import Emission, Session
 from pycopy.wire import headers
 from pycopy.wire.address import family_of
 from pycopy.wire.segment import FIN, KEY, RST, SYN
@@ -33,7 +33,7 @@ class Egress:
         self._sender = Sender()
         self._header = bytearray(headers.HEADER_BYTES_MAX)
         self._view = memoryview(self._header)
-        self._too_big: list[Session] = []
+        self._too_big: list[Connection] = []
 
     def prepare(self, hop: Hop) -> None:
         """Open the socket for ``hop`` now, so that an unfit host shows at start-up."""
@@ -98,7 +98,7 @@ class Egress:
             if flags & flag:
                 counts[count] += 1
 
-    def _introduce(self, session: Session) -> Hop:
+    def _introduce(self, session: Connection) -> Hop:
         """First frame of a session: its next hop and the constant half of its headers."""
         source, target, source_port, target_port = KEY.unpack(session.target_key)
         session.hop = hop = self._hops.resolve(target)

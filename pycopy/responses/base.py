@@ -13,7 +13,7 @@ from typing import Protocol
 
 from pycopy.host.nexthop import Hop
 from pycopy.session.addresses import Addresses, Network
-from pycopy.session.keeper import Owner
+from pycopy.session.owner import Owner
 from pycopy.tap import Kept, Tap
 from pycopy.wire.segment import Segment
 

@@ -1,15 +1,14 @@
 """A segment of the target arrives: RFC 9293 3.10.7, state by state, for a client.
 
-Functions on a :class:`~pycopy.session.session.Session`; each returns what became of the
+Functions on a :class:`~pycopy.session.connection.Connection`; each returns what became of the
 segment. They change the target's side only and send nothing but RSTs: what an arrival
 sets free is sent at the end of the session's turn.
 
 Tests: tests/sessions/test_scripts.py
 """
 
-from typing import TYPE_CHECKING
-
 from pycopy.session import losing, receiving, recovery, release
+from pycopy.session.connection import Connection
 from pycopy.session.fates import Count, ResponseFate
 from pycopy.session.rules import (
     DEFAULT_MSS,
@@ -25,18 +24,16 @@ from pycopy.session.views import AT_ONCE, NEVER, Target, unwrap
 from pycopy.wire.segment import ACK, FIN, OPT_TIMESTAMPS, OPT_WSCALE, PSH, RST, SYN, Segment
 from pycopy.wire.seq import MASK, diff
 
-if TYPE_CHECKING:  # pragma: no cover
-    from pycopy.session.session import Session
 
 
-def in_closed(session: "Session", seg: Segment, now_ns: int) -> ResponseFate:
+def in_closed(session: Connection, seg: Segment, now_ns: int) -> ResponseFate:
     """RFC 9293 3.10.7.1: whatever is not a reset is answered with one."""
     if seg.tcp_flags & (ACK | RST) == ACK:
         session.emit_raw(RST, seg.ack, 0, b"", now_ns)
     return ResponseFate.UNKNOWN
 
 
-def in_syn_sent(session: "Session", seg: Segment, now_ns: int) -> ResponseFate:
+def in_syn_sent(session: Connection, seg: Segment, now_ns: int) -> ResponseFate:
     """RFC 9293 3.10.7.3."""
     target, flags = session.target, seg.tcp_flags
     if not flags & ACK:
@@ -57,7 +54,7 @@ def in_syn_sent(session: "Session", seg: Segment, now_ns: int) -> ResponseFate:
     return ResponseFate.STEERED
 
 
-def _establish(session: "Session", seg: Segment, now_ns: int) -> None:
+def _establish(session: Connection, seg: Segment, now_ns: int) -> None:
     target = session.target
     target.irs = seg.seq
     target.rcv_nxt = 1
@@ -79,7 +76,7 @@ def _establish(session: "Session", seg: Segment, now_ns: int) -> None:
     session.ack_at = AT_ONCE
 
 
-def in_synchronized(session: "Session", seg: Segment, now_ns: int) -> ResponseFate:
+def in_synchronized(session: Connection, seg: Segment, now_ns: int) -> ResponseFate:
     """RFC 9293 3.10.7.4."""
     target, flags = session.target, seg.tcp_flags
     pos = unwrap(target.rcv_nxt, target.irs, seg.seq)
@@ -102,7 +99,7 @@ def in_synchronized(session: "Session", seg: Segment, now_ns: int) -> ResponseFa
     return ResponseFate.STEERED
 
 
-def _on_reset(session: "Session", seg: Segment, pos: int, now_ns: int) -> ResponseFate:
+def _on_reset(session: Connection, seg: Segment, pos: int, now_ns: int) -> ResponseFate:
     """RFC 5961 3.2 wants exactly ``rcv_nxt``. Records may be missing here, so any later
     position will do; older ones answer a segment that is long past.
 
@@ -124,7 +121,7 @@ def _on_reset(session: "Session", seg: Segment, pos: int, now_ns: int) -> Respon
     return ResponseFate.STEERED
 
 
-def _on_ack(session: "Session", seg: Segment, pos: int, now_ns: int) -> bool:
+def _on_ack(session: Connection, seg: Segment, pos: int, now_ns: int) -> bool:
     """False if it acknowledges what was never sent."""
     target = session.target
     ack = unwrap(target.snd_una, target.iss, seg.ack)
@@ -157,7 +154,7 @@ def _sack_positions(target: Target, seg: Segment) -> list[tuple[int, int]]:
     return [(edges[2 * i], edges[2 * i + 1]) for i in range(seg.sack_blocks)]
 
 
-def _advance(session: "Session", ack: int, seg: Segment, now_ns: int) -> None:
+def _advance(session: Connection, ack: int, seg: Segment, now_ns: int) -> None:
     """The target acknowledged everything before ``ack``."""
     target, flight = session.target, session.target.flight
     acked_bytes = ack - target.snd_una
@@ -188,7 +185,7 @@ def _advance(session: "Session", ack: int, seg: Segment, now_ns: int) -> None:
             session.wait(now_ns)
 
 
-def _measure(session: "Session", seg: Segment, sent_ns: int, repaired: bool, now_ns: int) -> None:
+def _measure(session: Connection, seg: Segment, sent_ns: int, repaired: bool, now_ns: int) -> None:
     """A round trip is over: of a segment sent once (Karn), else by timestamps (RFC 7323 4.1).
 
     ``repaired``: some of what is acknowledged was sent again. Then even a segment sent once
@@ -205,7 +202,7 @@ def _measure(session: "Session", seg: Segment, sent_ns: int, repaired: bool, now
     recovery.sample_rtt(target, rules, max(rtt_ns, 1))
 
 
-def _on_payload(session: "Session", seg: Segment, pos: int, now_ns: int) -> ResponseFate:
+def _on_payload(session: Connection, seg: Segment, pos: int, now_ns: int) -> ResponseFate:
     target = session.target
     if session.state not in MAY_RECEIVE:
         session.ack_at = AT_ONCE  # the target repeats its FIN: our ACK was lost

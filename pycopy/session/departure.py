@@ -1,27 +1,23 @@
 """What we send to the target, and when: RFC 9293 3.8, from the queue of the client's stream.
 
-Functions on a :class:`~pycopy.session.session.Session`. Which bytes may leave is said by
+Functions on a :class:`~pycopy.session.connection.Connection`. Which bytes may leave is said by
 release.py, which are to be repeated by recovery.py; here they are sent.
 
 Tests: tests/sessions/test_scripts.py
 """
 
-from typing import TYPE_CHECKING
-
 from pycopy.session import losing, recovery, release
+from pycopy.session.connection import Connection
 from pycopy.session.fates import Count, Fate
 from pycopy.session.states import MAY_SEND, Event, Outcome, State
 from pycopy.session.views import NEVER, NO_POSITION, Chunk, Target
 from pycopy.wire.segment import FIN, PSH, RST, SYN
 
-if TYPE_CHECKING:  # pragma: no cover
-    from pycopy.session.session import Session
-
 #: Flags of a captured segment that ours carries as well.
 _PASSED_ON = FIN | SYN | PSH
 
 
-def send(session: "Session", now_ns: int) -> None:
+def send(session: Connection, now_ns: int) -> None:
     """Send everything that may be sent now."""
     if session.target.recovery_end != NO_POSITION:
         _resend(session, now_ns)
@@ -30,7 +26,7 @@ def send(session: "Session", now_ns: int) -> None:
         _pump(session, now_ns)
 
 
-def _pump(session: "Session", now_ns: int) -> None:
+def _pump(session: Connection, now_ns: int) -> None:
     """Send from the queue what the release rule and the window allow."""
     queue, target = session.online.queue, session.target
     while queue:
@@ -55,7 +51,7 @@ def _pump(session: "Session", now_ns: int) -> None:
             return
 
 
-def _released(session: "Session", chunk: Chunk, now_ns: int) -> bool:
+def _released(session: Connection, chunk: Chunk, now_ns: int) -> bool:
     """The release rule, see release.py."""
     target, rules = session.target, session.host.rules
     if not rules.wait_for_response:
@@ -94,7 +90,7 @@ def _needs_new_connection(target: Target, chunk: Chunk) -> bool:
     return chunk.need - target.need_base != target.rcv_nxt - 1
 
 
-def _move_on(session: "Session", now_ns: int) -> None:
+def _move_on(session: Connection, now_ns: int) -> None:
     """Close our half, too: the client's stream goes on over another connection."""
     online = losing.hand_over(session)
     fin = Chunk(session.target.snd_nxt, b"", FIN, 0, now_ns)
@@ -103,7 +99,7 @@ def _move_on(session: "Session", now_ns: int) -> None:
     session.host.reopen(session, online, now_ns)
 
 
-def _send_first(session: "Session", chunk: Chunk, now_ns: int) -> bool:
+def _send_first(session: Connection, chunk: Chunk, now_ns: int) -> bool:
     """Send the head of the queue, or the part of it that the window takes."""
     target, online = session.target, session.online
     size = len(chunk.data)
@@ -138,7 +134,7 @@ def _send_first(session: "Session", chunk: Chunk, now_ns: int) -> bool:
     return True
 
 
-def transmit(session: "Session", chunk: Chunk, now_ns: int) -> None:
+def transmit(session: Connection, chunk: Chunk, now_ns: int) -> None:
     """Send a chunk for the first time and watch over it."""
     target = session.target
     chunk.sent_ns = now_ns
@@ -150,7 +146,7 @@ def transmit(session: "Session", chunk: Chunk, now_ns: int) -> None:
     session.emit(chunk.flags & _PASSED_ON, chunk.pos, chunk.data, now_ns)
 
 
-def _send_reset(session: "Session", now_ns: int) -> None:
+def _send_reset(session: Connection, now_ns: int) -> None:
     fates = session.host.ledger.fates
     reset = session.online.queue.pop(0)
     fates[Fate.HELD] -= reset.records
@@ -158,7 +154,7 @@ def _send_reset(session: "Session", now_ns: int) -> None:
     session.end(session.reset_for, Fate.DROPPED_CLIENT_RESET, now_ns)
 
 
-def _resend(session: "Session", now_ns: int) -> None:
+def _resend(session: Connection, now_ns: int) -> None:
     """Repeat what recovery.py says is missing at the target."""
     target = session.target
     start, end = recovery.next_hole(target)
@@ -178,14 +174,14 @@ def _resend(session: "Session", now_ns: int) -> None:
             start, end = recovery.next_hole(target)
 
 
-def repeat(session: "Session", chunk: Chunk, now_ns: int) -> None:
+def repeat(session: Connection, chunk: Chunk, now_ns: int) -> None:
     """Send a chunk in flight again, all of it."""
     chunk.resent = True
     session.emit(chunk.flags & _PASSED_ON, chunk.pos, chunk.data, now_ns)
     session.host.ledger.counts[Count.RETRANSMITTED] += 1
 
 
-def on_timeout(session: "Session", now_ns: int) -> None:
+def on_timeout(session: Connection, now_ns: int) -> None:
     """RFC 6298 5, or the persist timer when nothing is in flight."""
     target, rules, counts = session.target, session.host.rules, session.host.ledger.counts
     session.attempts += 1

@@ -1,53 +1,28 @@
-"""What a table is given besides its rules: who keeps sessions outside, who swallows for them.
+"""Who keeps sessions outside the engine: the port through which they go out and come back.
 
-The engine knows neither who that is nor how (pycopy/fastpath/handover.py: the kernel;
-pycopy/responses/: programs on this host, or intercepts on others).
+The engine knows neither who that is nor how (pycopy/fastpath/handover.py: the kernel).
 
 Tests: tests/unit/test_table_kernel.py
 """
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from pycopy.session.session import Host, Session
-
-
-class Owner(Protocol):
-    """Whoever swallows responses: it must know which connections to the target are copies."""
-
-    def claim(self, target_key: bytes) -> None:
-        """A session has this connection (KEY) from now on; said before its SYN leaves."""
-
-    def give(self, target_key: bytes) -> None:
-        """The keeper goes on with it."""
-
-    def release(self, target_key: bytes) -> None:
-        """It is over."""
-
-
-class Nobody:
-    """An owner where nothing needs to be told."""
-
-    def claim(self, target_key: bytes) -> None: ...
-
-    def give(self, target_key: bytes) -> None: ...
-
-    def release(self, target_key: bytes) -> None: ...
+from pycopy.session.session import Host, Session
 
 
 class Keeper(Protocol):
     """Who keeps healthy sessions: the port through which they go out and come back."""
 
-    def fetch_online(self, key: bytes, host: "Host", now_ns: int) -> "Session | None":
+    def fetch_online(self, key: bytes, host: Host, now_ns: int) -> Session | None:
         """The session of a connection online, from now on ours; None: it has none."""
 
-    def fetch_target(self, key: bytes, host: "Host", now_ns: int) -> "Session | None":
+    def fetch_target(self, key: bytes, host: Host, now_ns: int) -> Session | None:
         """The session of a connection to the target, as by :meth:`fetch_online`."""
 
-    def may_give(self, session: "Session") -> bool:
+    def may_give(self, session: Session) -> bool:
         """Whether it could go on from here: nothing is out of the ordinary."""
 
-    def give(self, session: "Session") -> bool:
+    def give(self, session: Session) -> bool:
         """It goes on with ``session``; False if it may not, or has no room for it."""
 
     def claim(self, target_key: bytes, over_lingering: bool = False) -> bool:

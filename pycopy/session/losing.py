@@ -1,6 +1,6 @@
 """The target resets, refuses or is silent: what becomes of what was to go over that connection.
 
-Functions on a :class:`~pycopy.session.session.Session`. The client's connection goes on
+Functions on a :class:`~pycopy.session.connection.Connection`. The client's connection goes on
 online. What the target is known not to have read goes over another connection (which the
 host opens), and so does the client's next request; the rest is lost, with a fate that says
 why.
@@ -8,15 +8,11 @@ why.
 Tests: tests/sessions/test_scripts.py
 """
 
-from typing import TYPE_CHECKING
-
+from pycopy.session.connection import Connection
 from pycopy.session.fates import Count, Fate
 from pycopy.session.states import Event, Outcome, State
 from pycopy.session.views import NEVER, NO_POSITION, Chunk, Online, Target
 from pycopy.wire.segment import FIN, RST
-
-if TYPE_CHECKING:  # pragma: no cover
-    from pycopy.session.session import Session
 
 _FATES = {
     Outcome.TARGET_RESET: Fate.DROPPED_TARGET_RESET,
@@ -25,7 +21,7 @@ _FATES = {
 }
 
 
-def lose(session: "Session", why: Outcome, now_ns: int, read: int = 0) -> None:
+def lose(session: Connection, why: Outcome, now_ns: int, read: int = 0) -> None:
     """The target reset, refused or does not answer; it has read what is before ``read``."""
     online, target = session.online, session.target
     if session.state is not State.SYN_SENT and why is Outcome.TARGET_SILENT:
@@ -69,7 +65,7 @@ def _take_back(target: Target, read: int) -> list[Chunk]:
     return []
 
 
-def _drop(session: "Session", number: int, now_ns: int) -> None:
+def _drop(session: Connection, number: int, now_ns: int) -> None:
     """Drop from the queue; with the client's FIN or RST the session is over."""
     online, fate = session.online, _FATES[session.lost_to]
     over = any(chunk.flags & (FIN | RST) for chunk in online.queue[:number])
@@ -78,7 +74,7 @@ def _drop(session: "Session", number: int, now_ns: int) -> None:
         session.end(session.lost_to, fate, now_ns)
 
 
-def go_on(session: "Session", now_ns: int) -> None:
+def go_on(session: Connection, now_ns: int) -> None:
     """CLOSED while the client goes on: wait for a request to begin, then open anew."""
     number = 0
     for chunk in session.online.queue:
@@ -92,7 +88,7 @@ def go_on(session: "Session", now_ns: int) -> None:
         session.host.reopen(session, online, now_ns)
 
 
-def hand_over(session: "Session") -> Online:
+def hand_over(session: Connection) -> Online:
     """Return the client's stream for another session; none of it is the old one's any more."""
     online = session.online
     session.host.detach(session)

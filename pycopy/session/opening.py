@@ -7,13 +7,14 @@ client goes on.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from pycopy.session.addresses import Addresses, IsFree, other_port
 from pycopy.session.admission import Admission
+from pycopy.session.connection import Connection, drop
 from pycopy.session.fates import Count, Fate
+from pycopy.session.registry import Registry
 from pycopy.session.rules import MAX_WSCALE, MIN_MSS
-from pycopy.session.session import Session, drop
+from pycopy.session.session import Session
 from pycopy.session.states import Outcome, State
 from pycopy.session.views import NO_POSITION, Online, Target
 from pycopy.wire.address import family_of
@@ -28,9 +29,6 @@ from pycopy.wire.segment import (
     Segment,
 )
 from pycopy.wire.seq import MASK
-
-if TYPE_CHECKING:  # pragma: no cover
-    from pycopy.session.table import Table
 
 #: Response bytes that a client joined mid-stream is taken to have received before.
 JOINED_AT = 1 << 24
@@ -50,7 +48,7 @@ class Opening:
     """See the module. ``services[i]`` is (target address, 16 bytes; target port)."""
 
     def __init__(
-        self, table: "Table", addresses: Addresses, services: Sequence[tuple[bytes, int]],
+        self, table: Registry, addresses: Addresses, services: Sequence[tuple[bytes, int]],
         path_mss: Callable[[bytes], int], start_ns: int,
     ) -> None:  # fmt: skip
         self._table = table
@@ -138,7 +136,7 @@ class Opening:
 
     # -- for a session that is over while its client goes on ----------------------------------
 
-    def reopen(self, session: Session, online: Online, now_ns: int) -> None:
+    def reopen(self, session: Connection, online: Online, now_ns: int) -> None:
         """Send ``online``, what is left of the client's stream, over a new connection."""
         if not online.queue and not online.early:
             self._leave(session, online)
@@ -183,14 +181,14 @@ class Opening:
         table.ledger.counts[Count.PORT_TAKEN] += 1
         session.change_port(target_key, now_ns)
 
-    def remember(self, session: Session, outcome: Outcome) -> None:
+    def remember(self, session: Connection, outcome: Outcome) -> None:
         """The client of ``session`` is unknown from now on, whatever it still sends."""
         online = session.online
         self._admission.ended(session.key, (online.iss + online.snd_nxt) & MASK)
         if outcome in _MID_REQUEST and online.fin_pos == NO_POSITION:
             self._watch(session.key, online)
 
-    def _leave(self, session: Session, online: Online) -> None:
+    def _leave(self, session: Connection, online: Online) -> None:
         """Nobody takes ``online`` over. What was captured of it so far is not joined anew."""
         end = max(session.online.snd_nxt, online.snd_nxt, *(each.end for each in online.early))
         self._admission.ended(session.key, (online.iss + end) & MASK)

@@ -6,17 +6,13 @@ again at once, cut anew, without a word to recovery.py. The size never rises aga
 session is short beside the ten minutes after which a host may try (RFC 1191 6.3).
 """
 
-from typing import TYPE_CHECKING
-
 from pycopy.session import departure
+from pycopy.session.connection import Connection
 from pycopy.session.fates import Count, ResponseFate
 from pycopy.session.rules import MIN_MSS, TIMESTAMPS_BYTES
 from pycopy.session.states import State
 from pycopy.wire.segment import OPT_TIMESTAMPS, Segment
 from pycopy.wire.seq import MASK
-
-if TYPE_CHECKING:  # pragma: no cover
-    from pycopy.session.session import Session
 
 #: What no real path falls short of. IPv4: Linux's min_pmtu; IPv6: RFC 8200 5.
 MIN_MTU = {4: 552, 6: 1280}
@@ -28,7 +24,7 @@ HEADER_BYTES = {4: 40, 6: 60}
 _SMALL = frozenset({State.CLOSED, State.SYN_SENT, State.TIME_WAIT})
 
 
-def on_too_big(session: "Session", seg: Segment, now_ns: int) -> ResponseFate:
+def on_too_big(session: Connection, seg: Segment, now_ns: int) -> ResponseFate:
     """Take in an ICMP message about a segment of ours; ``seg.seq`` is that segment's."""
     target = session.target
     offset = (seg.seq - target.iss - target.snd_una) & MASK
@@ -41,7 +37,7 @@ def on_too_big(session: "Session", seg: Segment, now_ns: int) -> ResponseFate:
     return ResponseFate.STEERED
 
 
-def lower(session: "Session", mtu: int, now_ns: int) -> bool:
+def lower(session: Connection, mtu: int, now_ns: int) -> bool:
     """The path takes ``mtu`` bytes; False if that is no news.
 
     The congestion window is not asked: what is sent again has left the path.

@@ -4,7 +4,7 @@ The only place where sequence numbers, acknowledgements, timestamps and options 
 header bytes. Still no I/O: the caller owns buffer, next hop and socket.
 """
 
-from pycopy.session.session import Emission, Session
+from pycopy.session.connection import Connection, Emission
 from pycopy.wire import headers
 from pycopy.wire.segment import ACK, OPT_SACK_PERM, OPT_TIMESTAMPS, OPT_WSCALE, RST, SYN
 from pycopy.wire.seq import MASK
@@ -16,7 +16,7 @@ WINDOW_FIELD = 0xFFFF
 MAX_SACK_BLOCKS = 4
 
 
-def options_of(session: Session, flags: int, tsval: int) -> bytes:
+def options_of(session: Connection, flags: int, tsval: int) -> bytes:
     """Return the TCP options for a segment with ``flags``, padded to 32-bit words.
 
     SACK blocks are ours, of the target's stream; the client's describe the online

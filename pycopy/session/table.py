@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 
 from pycopy.session.addresses import Addresses
+from pycopy.session.connection import Connection, Emission
 from pycopy.session.fates import Count, Fate, ResponseFate, Tallies
-from pycopy.session.keeper import Keeper, Nobody, Owner
+from pycopy.session.keeper import Keeper
 from pycopy.session.opening import Opening
+from pycopy.session.owner import Nobody, Owner
 from pycopy.session.rules import MS, SECOND, Rules
-from pycopy.session.session import Emission, Session
+from pycopy.session.session import Session
 from pycopy.session.states import Outcome, State
 from pycopy.session.views import NEVER, Online
 from pycopy.wire.segment import FIN, KIND_TOO_BIG, RST, SYN, Segment
@@ -58,7 +60,7 @@ class Table:
         #: ``scheduled_ns``.
         self._timers: list[tuple[int, int, Session]] = []
         self._timer_number = 0
-        self._lingering: deque[tuple[int, Session]] = deque()
+        self._lingering: deque[tuple[int, Connection]] = deque()
         self._sweep_at = start_ns + SWEEP_NS
         self._sweep: Iterator[Session] | None = None
 
@@ -165,11 +167,11 @@ class Table:
             self._timers = [each for each in self._timers if each[0] == each[2].scheduled_ns]
             heapify(self._timers)
 
-    def reopen(self, session: Session, online: Online, now_ns: int) -> None:
+    def reopen(self, session: Connection, online: Online, now_ns: int) -> None:
         """Send ``online``, what is left of the client's stream, over a new connection."""
         self._opening.reopen(session, online, now_ns)
 
-    def detach(self, session: Session) -> None:
+    def detach(self, session: Connection) -> None:
         """The client's segments are no longer this session's."""
         if self.by_online.get(session.key) is session:
             del self.by_online[session.key]
@@ -180,11 +182,11 @@ class Table:
         if self.keeper is not None:
             self.keeper.disown_online(key)
 
-    def linger(self, session: Session, until_ns: int) -> None:
+    def linger(self, session: Connection, until_ns: int) -> None:
         """Hand it the target's segments until then, and call ``expire``."""
         self._lingering.append((until_ns, session))
 
-    def ended(self, session: Session, outcome: Outcome) -> None:
+    def ended(self, session: Connection, outcome: Outcome) -> None:
         """Count its outcome; its client is unknown from now on."""
         self.ledger.outcomes[outcome] += 1
         session.scheduled_ns = NEVER
@@ -192,7 +194,7 @@ class Table:
             self.detach(session)
             self._opening.remember(session, outcome)
 
-    def forget(self, session: Session) -> None:
+    def forget(self, session: Connection) -> None:
         """There is nothing more to be done for it."""
         self.release(session.target_key)
 
@@ -230,9 +232,9 @@ class Table:
             timers = self._timers
         lingering = self._lingering
         while lingering and lingering[0][0] <= now_ns:
-            session = lingering.popleft()[1]
-            if self.by_target.get(session.target_key) is session:
-                session.expire()
+            over = lingering.popleft()[1]
+            if self.by_target.get(over.target_key) is over:
+                over.expire()
         if now_ns >= self._sweep_at:
             self._sweep_some(now_ns)
 

@@ -5,7 +5,8 @@ import ipaddress
 import pytest
 
 from pycopy.session import rewrite
-from pycopy.session.session import Emission, Session
+from pycopy.session.connection import Emission
+from pycopy.session.session import Session
 from pycopy.session.views import Online, Target
 from pycopy.wire import headers
 from pycopy.wire.address import map_address

@@ -7,9 +7,10 @@ import pytest
 
 import pycopy.session
 from pycopy.report.ledger import Ledger
+from pycopy.session.connection import Emission
 from pycopy.session.fates import Count, Fate
 from pycopy.session.rules import SECOND, Rules
-from pycopy.session.session import Emission, Session
+from pycopy.session.session import Session
 from pycopy.session.states import Outcome, State
 from pycopy.session.views import NEVER, Online, Target
 from pycopy.wire.segment import ACK, OPT_WSCALE, PSH, SYN, Segment

@@ -10,7 +10,7 @@ from pycopy.report.ledger import Ledger
 from pycopy.session.addresses import KeptAddresses
 from pycopy.session.fates import Count, Fate, ResponseFate
 from pycopy.session.fields import KernelSession, Known
-from pycopy.session.keeper import Nobody
+from pycopy.session.owner import Nobody
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.states import Outcome, State
 from pycopy.session.table import Table
