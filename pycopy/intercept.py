@@ -74,6 +74,8 @@ class Intercept:
         self._loop = Loop(self._heartbeat.beat)
         stack.callback(self._loop.close)
         self._taps: list[Tap] = []
+        self._verdicts = Verdicts()
+        self._relays = Relays(self._loop, self._verdicts, _log)
         self._ending = False
         self._failure: PycopyError | None = None
         self._read = 0
@@ -96,9 +98,9 @@ class Intercept:
             instance=int.from_bytes(os.urandom(8), "little"),
             on_hello=self._on_hello,
             log=_log,
-            on_welcome=lambda replay, hello: self._relays.welcome(replay, hello),
-            on_relay=lambda replay, wanted: self._relays.want(replay, wanted),
-            on_leave=lambda replay: self._relays.leave(replay),
+            on_welcome=self._relays.welcome,
+            on_relay=self._relays.want,
+            on_leave=self._relays.leave,
         )
         self._stack.callback(self._server.close, 0.0)
         others = {signal.SIGHUP: daemon.hang_up(self._end), signal.SIGUSR1: self.view.summary}
@@ -112,10 +114,8 @@ class Intercept:
         )
         for device in devices:
             self._attach(device, _HOOKS[self._place, config.hook])
-        self._verdicts = Verdicts([_verdicts_of(tap) for tap in self._taps])
         self._verdicts.pass_addresses(own)
         self._verdicts.pass_networks(config.pass_nets)
-        self._relays = Relays(self._loop, self._verdicts, self._server.tell_relaying, _log)
         self._stack.callback(self._relays.close)
         for tap in self._taps:
             self._put_to_use(tap)
@@ -176,7 +176,6 @@ class Intercept:
         except PycopyError as error:
             _log(f"its answers are not intercepted: {error}")
         for tap in self._taps[before:]:
-            self._verdicts.add(_verdicts_of(tap))
             self._put_to_use(tap)
 
     def _put_to_use(self, tap: Tap) -> None:
@@ -255,6 +254,7 @@ class Intercept:
         )
         self._stack.callback(tap.close)
         self._taps.append(tap)
+        self._verdicts.add(_verdicts_of(tap))
         return tap
 
     def _watch_devices(self) -> None:

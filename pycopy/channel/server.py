@@ -98,6 +98,11 @@ class Peer(FrameStream):
         self.room = MAX_UNSENT_BYTES
         self.dropped = 0
 
+    def tell_relaying(self, relaying: Relaying) -> None:
+        """Whether its responses come as datagrams has changed."""
+        self.send(Relay(relaying).encode())
+        self.flush()
+
 
 class ChannelServer:
     """Listens at once, serves while the loop runs; ``deadline_ns``/``on_timer`` for its timers."""
@@ -117,7 +122,7 @@ class ChannelServer:
         on_leave: Callable[["Peer"], None] = lambda replay: None,
     ) -> None:
         """``on_welcome`` says whether the replay's responses are relayed, ``on_relay`` hears
-        whether it wants that; a change is for :meth:`tell_relaying`."""
+        whether it wants that; a change is for :meth:`Peer.tell_relaying`."""
         self._loop = loop
         self._placement = placement
         self._instance = instance
@@ -280,11 +285,6 @@ class ChannelServer:
         replay.greeting_over(codec.FROM_REPLAY)
         relaying = self._on_welcome(replay, hello)
         replay.send(Welcome(self._instance, self._placement, relaying).encode())
-        replay.flush()
-
-    def tell_relaying(self, replay: Peer, relaying: Relaying) -> None:
-        """Whether its responses come as datagrams has changed."""
-        replay.send(Relay(relaying).encode())
         replay.flush()
 
     def _show_out(self, replay: Peer, visit: Visit, refusal: str) -> None:

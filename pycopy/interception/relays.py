@@ -69,15 +69,11 @@ class Relay:
 
 
 class Relays:
-    """The relays of all replays; ``tell``: a replay's responses begin or cease to be relayed."""
+    """All of them. A replay is told when its responses begin or cease to be relayed."""
 
-    def __init__(
-        self, loop: Loop, verdicts: Verdicts, tell: Callable[[Peer, Relaying], None],
-        log: Callable[[str], None],
-    ) -> None:  # fmt: skip
+    def __init__(self, loop: Loop, verdicts: Verdicts, log: Callable[[str], None]) -> None:
         self._loop = loop
         self._verdicts = verdicts
-        self._tell = tell
         self._log = log
         #: The map ``relays`` of each program that can relay: at XDP, or on bare IP, none can.
         self._maps: list[VerdictMap] = []
@@ -182,7 +178,7 @@ class Relays:
         self._verdicts.relay_strangers(by_default)
         for replay in changed:
             if replay is not newcomer and replay in self._relays:
-                self._tell(replay, self._relays[replay].state)
+                replay.tell_relaying(self._relays[replay].state)
 
     def _write(self, relay: Relay, entry: bytes) -> None:
         for table in self._maps:

@@ -50,9 +50,8 @@ def describe(item: Range) -> str:
 class Verdicts:
     """Verdicts, kept alike in the maps ``(claims, claims_default)`` of every loaded program."""
 
-    def __init__(self, tables: Sequence[tuple[VerdictMap, VerdictMap]]) -> None:
+    def __init__(self, tables: Sequence[tuple[VerdictMap, VerdictMap]] = ()) -> None:
         self._tables = list(tables)
-        self._room = min(claims.max_entries for claims, _ in tables)
         self._verdicts: dict[Range, int] = {}
         self._default = PASS
         self._set_default(PASS)
@@ -65,7 +64,6 @@ class Verdicts:
     def add(self, table: tuple[VerdictMap, VerdictMap]) -> None:
         """One more loaded program: it gets the verdicts that the others have."""
         self._tables.append(table)
-        self._room = min(self._room, table[0].max_entries)
         for item, verdict in self._verdicts.items():
             key = CLAIM_KEY.pack(item.prefix_bits, item.addr)
             table[0].update(key, verdict.to_bytes(_VALUE_BYTES, "little"))
@@ -109,9 +107,10 @@ class Verdicts:
 
     def _set(self, items: Iterable[Range], verdict: int) -> None:
         new = [item for item in dict.fromkeys(items) if self._verdicts.get(item) != verdict]
-        if len(self._verdicts) + sum(item not in self._verdicts for item in new) > self._room:
+        room = min(claims.max_entries for claims, _ in self._tables)
+        if len(self._verdicts) + sum(item not in self._verdicts for item in new) > room:
             raise NoRoom(
-                f"no room for {len(new)} more address ranges, {self._room} are the limit",
+                f"no room for {len(new)} more address ranges, {room} are the limit",
                 "name fewer and wider ranges",
             )
         value = verdict.to_bytes(_VALUE_BYTES, "little")

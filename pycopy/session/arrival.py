@@ -25,7 +25,6 @@ from pycopy.wire.segment import ACK, FIN, OPT_TIMESTAMPS, OPT_WSCALE, PSH, RST, 
 from pycopy.wire.seq import MASK, diff
 
 
-
 def in_closed(session: Connection, seg: Segment, now_ns: int) -> ResponseFate:
     """RFC 9293 3.10.7.1: whatever is not a reset is answered with one."""
     if seg.tcp_flags & (ACK | RST) == ACK:

@@ -32,14 +32,14 @@ class Bench:
         self.table, self.default = Table(), Table(1)
         self.claims = Verdicts([(self.table, self.default)])
         self.maps = [Table(abi.RELAYS) for _ in range(maps)]
+        self.relays = Relays(self.loop, self.claims, self.log.append)
         self.server = ChannelServer(
             self.loop, "127.0.0.1", 0, placement=Placement.TARGET, instance=9,
             on_hello=self._on_hello, log=self.log.append,
-            on_welcome=lambda replay, hello: self.relays.welcome(replay, hello),
-            on_relay=lambda replay, wanted: self.relays.want(replay, wanted),
-            on_leave=lambda replay: self.relays.leave(replay),
+            on_welcome=self.relays.welcome,
+            on_relay=self.relays.want,
+            on_leave=self.relays.leave,
         )  # fmt: skip
-        self.relays = Relays(self.loop, self.claims, self.server.tell_relaying, self.log.append)
         for each in self.maps:
             self.relays.add_map(each)
         self.ears = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
