@@ -132,7 +132,7 @@ class Opening:
         if session.online.fin_pos != NO_POSITION:
             self._table.detach(session)  # it was closed; let it finish on its own
         else:
-            session.cut_off(Outcome.SUPERSEDED, Fate.DROPPED_SUPERSEDED, now_ns)
+            session.truncate(Outcome.SUPERSEDED, Fate.DROPPED_SUPERSEDED, now_ns)
 
     # -- for a session that is over while its client goes on ----------------------------------
 

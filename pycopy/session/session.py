@@ -196,10 +196,10 @@ class Session(Connection):
         lost = stream.next_request(early)
         online.early = early[:lost]
         successor = stream.resume(online, early[lost:])
-        self.cut_off(Outcome.GAP, Fate.DROPPED_GAP, now_ns)
+        self.truncate(Outcome.GAP, Fate.DROPPED_GAP, now_ns)
         self.host.reopen(self, successor, now_ns)
 
-    def cut_off(self, why: Outcome, fate: Fate, now_ns: int) -> None:
+    def truncate(self, why: Outcome, fate: Fate, now_ns: int) -> None:
         """The client's stream ends here, unfinished: what is in order still goes out, then RST."""
         self.host.detach(self)
         online = self.online
