@@ -10,9 +10,10 @@
  * What to copy is in maps: services by port and address, and which of several workers'
  * flows are this program's; each worker has one of its own.
  */
+#include "record.h"
 #include "scratch.h"
 #if PYCOPY_FASTPATH
-#include "fastpath.h"
+#include "keep.h"
 #endif
 
 /* Half a megabyte, more than any BIG TCP super-segment. */

@@ -117,6 +117,21 @@ static __always_inline void pycopy_put_timestamps(u8 *to, const struct pycopy_re
 	pycopy_put32(to + 8, htonl(reply->ts_recent));
 }
 
+/* The copy's options, in the room that the client's took: non-zero if they need more. */
+static __always_inline int pycopy_put_options(u8 *to, u32 room, const struct pycopy_reply *reply,
+					      u32 tsval)
+{
+	if (reply->flags & PYCOPY_TCP_SYN)
+		return pycopy_put_syn_options(to, room, reply, tsval);
+	if (room == PYCOPY_TIMESTAMPS_BYTES) {
+		if (reply->options & PYCOPY_OPT_TIMESTAMPS)
+			pycopy_put_timestamps(to, reply, tsval);
+		else
+			__builtin_memset(to, PYCOPY_TCP_OPTION_NOP, PYCOPY_TIMESTAMPS_BYTES);
+	}
+	return 0;
+}
+
 /* A copy of the client's segment at hand leaves as `work->reply` says, under the
  * connection `key`; the packet is left as it was.  Zero, or why it could not be sent:
  * then the target has simply not got it.
@@ -124,15 +139,15 @@ static __always_inline void pycopy_put_timestamps(u8 *to, const struct pycopy_re
 static __always_inline long pycopy_clone_as(PYCOPY_CTX *ctx, struct pycopy_work *work,
 					    const struct pycopy_key *key,
 					    const struct pycopy_hop *hop,
-					    const struct pycopy_fast_config *config, const u32 ip_bytes,
-					    u32 tcp_header_bytes, u32 tcp_bytes)
+					    const struct pycopy_fast_config *config,
+					    const u32 ip_bytes, u32 tcp_header_bytes, u32 tcp_bytes)
 {
 	const u32 ip_at = PYCOPY_L2_BYTES, tcp_at = PYCOPY_L2_BYTES + ip_bytes;
 	const u32 addresses_at = ip_at + (ip_bytes == 20 ? 12 : 8);
 	const u32 addresses_bytes = ip_bytes == 20 ? 8 : 32;
 	u64 header_bytes = tcp_header_bytes;
 	u8 *saved = work->saved, *fresh = work->fresh;
-	u32 tsval = pycopy_tsval(work, config), pseudo, rest;
+	u32 pseudo, rest;
 	u16 vlan_tag = 0, vlan_protocol = 0, id;
 	long failed;
 
@@ -145,16 +160,9 @@ static __always_inline long pycopy_clone_as(PYCOPY_CTX *ctx, struct pycopy_work 
 	pycopy_put_ip(fresh, hop->l2, key->client_addr, key->server_addr, ip_bytes,
 		      PYCOPY_IP_TCP, tcp_bytes, id);
 	pycopy_put_tcp(fresh + tcp_at, key, &work->reply, header_bytes);
-	if (work->reply.flags & PYCOPY_TCP_SYN) {
-		if (pycopy_put_syn_options(fresh + tcp_at + 20, header_bytes - 20, &work->reply,
-					   tsval))
-			return -1;
-	} else if (header_bytes == 32) {
-		if (work->reply.options & PYCOPY_OPT_TIMESTAMPS)
-			pycopy_put_timestamps(fresh + tcp_at + 20, &work->reply, tsval);
-		else
-			__builtin_memset(fresh + tcp_at + 20, PYCOPY_TCP_OPTION_NOP, 12);
-	}
+	if (pycopy_put_options(fresh + tcp_at + 20, header_bytes - 20, &work->reply,
+			       pycopy_tsval(work, config)))
+		return -1;
 	pseudo = bpf_csum_diff((void *)saved + addresses_at, addresses_bytes,
 			       (void *)fresh + addresses_at, addresses_bytes, 0);
 	/* The checksum itself is the same in both, so far. */
@@ -202,10 +210,12 @@ static __always_inline u16 pycopy_sum_payload(struct pycopy_work *work, void *fr
 }
 
 /* The packet at hand becomes the segment `work->reply`, with the frame's payload out of
- * the log, at least one byte, whose sum is `payload_sum` (`from` is null: none).  Zero: it is ready to be redirected.
+ * the log, at least one byte, whose sum is `payload_sum` (`from` is null: none).  Zero: it is
+ * ready to be redirected.
  */
 static __always_inline long pycopy_become(PYCOPY_CTX *ctx, struct pycopy_work *work,
-					  const struct pycopy_key *key, const struct pycopy_hop *hop,
+					  const struct pycopy_key *key,
+					  const struct pycopy_hop *hop,
 					  const struct pycopy_fast_config *config,
 					  const u32 ip_bytes, void *from, u16 payload_sum)
 {
@@ -224,7 +234,8 @@ static __always_inline long pycopy_become(PYCOPY_CTX *ctx, struct pycopy_work *w
 		      PYCOPY_IP_TCP, header_bytes + payload, 0);
 	pycopy_put_tcp(fresh + tcp_at, key, &work->reply, header_bytes);
 	if (timestamps)
-		pycopy_put_timestamps(fresh + tcp_at + 20, &work->reply, pycopy_tsval(work, config));
+		pycopy_put_timestamps(fresh + tcp_at + 20, &work->reply,
+				      pycopy_tsval(work, config));
 	pseudo = pycopy_sum(fresh + addresses_at, ip_bytes == 20 ? 8 : 32,
 			    htons(header_bytes + payload) + htons(PYCOPY_IP_TCP));
 	pseudo = pycopy_fold(pseudo);

@@ -11,7 +11,7 @@
  * pycopy_control: takes a session away from the kernel, gives one back, or frees a
  * slot, atomically against everything that arrives meanwhile.
  */
-#include "fastpath.h"
+#include "pump.h"
 
 /* Groups of sessions without anything pending that one step passes over; of a sweep, slots that
  * are not the kernel's.
@@ -103,7 +103,8 @@ static __always_inline u16 pycopy_needs(const struct pycopy_session *s,
 					const struct pycopy_fast_config *config, u64 now_ns,
 					int all)
 {
-	u64 quiet_ns = PYCOPY_QUIET_ROUND_TRIPS * s->srtt_ns, silent_ns = pycopy_since(s->progress_ns, now_ns);
+	u64 quiet_ns = PYCOPY_QUIET_ROUND_TRIPS * s->srtt_ns;
+	u64 silent_ns = pycopy_since(s->progress_ns, now_ns);
 	u64 unheard_ns = pycopy_since(s->client_ns, now_ns);
 
 	if (pycopy_in_flight(s)) {
@@ -195,6 +196,31 @@ static __always_inline int pycopy_forgive(struct pycopy_session *s, struct pycop
 	return forgiven;
 }
 
+/* Whether the session stays the kernel's, for now. */
+static __always_inline void pycopy_judge(struct pycopy_session *s, struct pycopy_work *work,
+					 struct pycopy_fast_config *config, u64 *counts, int all)
+{
+	u64 now_ns = work->now_ns;
+	int left = 0, forgiven;
+	u16 why;
+
+	bpf_spin_lock(&s->lock);
+	why = pycopy_needs(s, config, now_ns, all);
+	if (why < PYCOPY_LEFT_REASONS && why != PYCOPY_LEFT_QUIET && pycopy_is_ours(s, &work->flow))
+		left = pycopy_leave(s, why);
+	bpf_spin_unlock(&s->lock);
+	if (left) {
+		pycopy_hand_over(s, &work->flow, counts);
+	} else if (why == PYCOPY_LEFT_QUIET) {
+		forgiven = pycopy_forgive(s, work, counts);
+		if (forgiven < 0)
+			pycopy_expel(s, &work->flow, counts, PYCOPY_LEFT_CLOSE);
+		else if (!forgiven &&
+			 pycopy_since(s->progress_ns, now_ns) >= config->quiet_max_ns)
+			pycopy_expel(s, &work->flow, counts, why);
+	}
+}
+
 /* What was seen (PYCOPY_TIMER_SEEN); zero: nothing is pending. */
 static __always_inline u32 pycopy_look(struct __sk_buff *ctx, u32 slot, struct pycopy_work *work,
 					struct pycopy_fast_config *config, u64 *counts, int all)
@@ -202,9 +228,7 @@ static __always_inline u32 pycopy_look(struct __sk_buff *ctx, u32 slot, struct p
 	struct pycopy_session *s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &slot);
 	u64 now_ns = work->now_ns;
 	struct pycopy_hop *hop;
-	int left = 0, forgiven;
 	u32 service;
-	u16 why;
 
 	if (!s || s->owner == PYCOPY_FREE || s->owner == PYCOPY_USER)
 		return 0;
@@ -214,22 +238,8 @@ static __always_inline u32 pycopy_look(struct __sk_buff *ctx, u32 slot, struct p
 		pycopy_expire(s, work);
 		return PYCOPY_TIMER_PENDING;
 	}
-	if (s->owner == PYCOPY_KERNEL && s->state != PYCOPY_TIME_WAIT) {
-		bpf_spin_lock(&s->lock);
-		why = pycopy_needs(s, config, now_ns, all);
-		if (why < PYCOPY_LEFT_REASONS && why != PYCOPY_LEFT_QUIET && pycopy_is_ours(s, &work->flow))
-			left = pycopy_leave(s, why);
-		bpf_spin_unlock(&s->lock);
-		if (left) {
-			pycopy_hand_over(s, &work->flow, counts);
-		} else if (why == PYCOPY_LEFT_QUIET) {
-			forgiven = pycopy_forgive(s, work, counts);
-			if (forgiven < 0)
-				pycopy_expel(s, &work->flow, counts, PYCOPY_LEFT_CLOSE);
-			else if (!forgiven && pycopy_since(s->progress_ns, now_ns) >= config->quiet_max_ns)
-				pycopy_expel(s, &work->flow, counts, why);
-		}
-	}
+	if (s->owner == PYCOPY_KERNEL && s->state != PYCOPY_TIME_WAIT)
+		pycopy_judge(s, work, config, counts, all);
 	if (s->owner == PYCOPY_LEAVING) {
 		pycopy_call_attention(&work->flow);
 		pycopy_watch(slot);
@@ -306,25 +316,12 @@ static __always_inline void pycopy_fill(u32 first)
 /* The command's session, behind the lock and the generation, which stay the slot's. */
 #define PYCOPY_STATE_AT 8
 
-int pycopy_control(struct __sk_buff *ctx)
+/* What was asked for, if it was done, else 0. */
+static __always_inline int pycopy_change_hands(struct pycopy_session *s,
+					       struct pycopy_command *command)
 {
-	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
-	struct pycopy_command *command = data;
-	u64 *counts = pycopy_fast_counts();
-	struct pycopy_session *s;
-	u32 slot;
 	int done = 0;
 
-	if (data + sizeof(*command) > data_end || !counts)
-		return 1;
-	slot = command->slot;
-	if (command->request == PYCOPY_FILL) {
-		pycopy_fill(slot);
-		return 0;
-	}
-	s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &slot);
-	if (!s)
-		return 1;
 	bpf_spin_lock(&s->lock);
 	if (command->request == PYCOPY_TAKE && s->generation == command->generation &&
 	    (s->owner == PYCOPY_KERNEL || s->owner == PYCOPY_LEAVING) &&
@@ -352,6 +349,29 @@ int pycopy_control(struct __sk_buff *ctx)
 		done = PYCOPY_DROP;
 	}
 	bpf_spin_unlock(&s->lock);
+	return done;
+}
+
+int pycopy_control(struct __sk_buff *ctx)
+{
+	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
+	struct pycopy_command *command = data;
+	u64 *counts = pycopy_fast_counts();
+	struct pycopy_session *s;
+	u32 slot;
+	int done;
+
+	if (data + sizeof(*command) > data_end || !counts)
+		return 1;
+	slot = command->slot;
+	if (command->request == PYCOPY_FILL) {
+		pycopy_fill(slot);
+		return 0;
+	}
+	s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &slot);
+	if (!s)
+		return 1;
+	done = pycopy_change_hands(s, command);
 	if (!done)
 		return 1;
 	if (done == PYCOPY_TAKE) {

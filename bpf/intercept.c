@@ -14,10 +14,11 @@
  * With PYCOPY_SELF it is the zero-route mode's: what is a copy's response, whole
  * connections say.  Without, claims by address do, and the user's filter.
  */
+#include "record.h"
 #include "scratch.h"
 #include "toobig.h"
 #if PYCOPY_FASTPATH
-#include "fastpath.h"
+#include "keep.h"
 #endif
 #if !PYCOPY_SELF && !PYCOPY_HOOK_XDP
 #define PYCOPY_HAS_RELAYS 1
@@ -134,13 +135,6 @@ static __always_inline int is_copy(struct pycopy_packet *packet, struct pycopy_k
 
 #endif
 
-/* Makes a record of the segment; `done` if there was room for it. */
-static __always_inline int submit(PYCOPY_CTX *ctx, struct pycopy_segment *segment, int done)
-{
-	segment->time_ns = bpf_ktime_get_ns();
-	return pycopy_submit(ctx, segment, sizeof(*segment)) ? PYCOPY_INT_RING_FULL : done;
-}
-
 /* Not TCP: it may be about a copy all the same. */
 static __always_inline void look_for_too_big(PYCOPY_CTX *ctx, struct pycopy_scratch *work)
 {
@@ -148,7 +142,7 @@ static __always_inline void look_for_too_big(PYCOPY_CTX *ctx, struct pycopy_scra
 	    !is_copy(&work->packet, &work->segment.key))
 		return;
 	pycopy_count(PYCOPY_INT_MATCHED, 1);
-	pycopy_count(submit(ctx, &work->segment, PYCOPY_INT_TOO_BIG), 1);
+	pycopy_record_response(ctx, &work->segment, PYCOPY_INT_TOO_BIG);
 }
 
 #if PYCOPY_HAS_RELAYS
@@ -207,7 +201,7 @@ static __always_inline int swallow(PYCOPY_CTX *ctx, struct pycopy_scratch *work,
 		return bpf_redirect(way_out, 0);
 	}
 #endif
-	pycopy_count(submit(ctx, segment, PYCOPY_INT_CAPTURED), 1);
+	pycopy_record_response(ctx, segment, PYCOPY_INT_CAPTURED);
 	return vanish(settings);
 }
 

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0
  *
- * Maps, and what else an object is linked with when it is loaded (pycopy/kernel/objects.py).  None is
- * declared the way bcc has it: a map that bcc makes belongs to one text alone, and needs bcc on
- * the host.  The text has numbers (enum pycopy_map) where descriptors go.
+ * Maps, and what else an object is linked with when it is loaded (pycopy/kernel/objects.py).
+ * None is declared the way bcc has it: a map that bcc makes belongs to one text alone, and needs
+ * bcc on the host.  The text has numbers (enum pycopy_map) where descriptors go.
  */
 #ifndef PYCOPY_MAPS_H
 #define PYCOPY_MAPS_H
@@ -37,14 +37,6 @@ static long (*const pycopy_ring_output)(u64 ring, void *data, u64 bytes, u64 fla
 /* The user's -F: whether the packet is wanted. */
 static long (*const pycopy_filter)(PYCOPY_CTX *ctx, u64 frame_bytes) = (void *)PYCOPY_LINK_FILTER;
 
-static __always_inline void pycopy_count(u32 index, u64 times)
-{
-	u64 *value = pycopy_lookup(PYCOPY_MAP_COUNTS, &index);
-
-	if (value)
-		*value += times;
-}
-
 static __always_inline struct pycopy_settings *pycopy_settings(void)
 {
 	u32 zero = 0;
@@ -59,15 +51,6 @@ static __always_inline int pycopy_has_lapsed(u64 now_ns, const u64 patience_ns)
 	u64 *beat_ns = pycopy_lookup(PYCOPY_MAP_HEARTBEAT, &zero);
 
 	return !beat_ns || (now_ns > *beat_ns && now_ns - *beat_ns > patience_ns);
-}
-
-/* Gives a record to user space; non-zero: there is no room for it. */
-static __always_inline long pycopy_submit(PYCOPY_CTX *ctx, void *record, u64 bytes)
-{
-	if (PYCOPY_CONSTANT(PERF))
-		return pycopy_perf_output(ctx, PYCOPY_MAP(PYCOPY_MAP_SEGMENTS), PYCOPY_CURRENT_CPU,
-					  record, bytes);
-	return pycopy_ring_output(PYCOPY_MAP(PYCOPY_MAP_SEGMENTS), record, bytes, 0);
 }
 
 /* --- the kernel's sessions --- */

@@ -189,32 +189,12 @@ static __always_inline int pycopy_parse_ipv4(PYCOPY_CTX *ctx, u32 at, struct pyc
 	return ip.fragment & htons(0x2000) ? PYCOPY_FRAGMENT : PYCOPY_PARSED;
 }
 
-static __always_inline int pycopy_parse_ipv6(PYCOPY_CTX *ctx, u32 at, struct pycopy_packet *packet)
+/* From the first extension header at `at`, of kind `next`, to TCP. */
+static __always_inline int pycopy_skip_extensions(PYCOPY_CTX *ctx, u32 at, u8 next,
+						  struct pycopy_packet *packet)
 {
 	struct pycopy_ipv6_extension extension;
-	struct pycopy_ipv6 ip;
-	u32 payload_bytes;
 	int parsed = PYCOPY_PARSED;
-	u8 next;
-
-	if (pycopy_read(ctx, at, &ip, sizeof(ip)))
-		return PYCOPY_TRUNCATED;
-	if ((ntohl(ip.version_class_label) >> 28) != 6)
-		return PYCOPY_MALFORMED;
-	at += sizeof(ip);
-	payload_bytes = ntohs(ip.payload_bytes);
-	if (!payload_bytes) {
-		payload_bytes = packet->frame_bytes - at;
-		if (payload_bytes <= PYCOPY_IP_MAX_BYTES)
-			return PYCOPY_MALFORMED;
-	}
-	packet->family = 6;
-	packet->end = at + payload_bytes;
-	__builtin_memcpy(packet->src, ip.src, sizeof(ip.src));
-	__builtin_memcpy(packet->dst, ip.dst, sizeof(ip.dst));
-	next = ip.next;
-	if (next == PYCOPY_IP_ICMPV6)
-		packet->icmp_at = at;
 
 #pragma clang loop unroll(disable)
 	for (u64 i = 0; i < PYCOPY_IP_EXTENSIONS; i++) {
@@ -253,16 +233,36 @@ static __always_inline int pycopy_parse_ipv6(PYCOPY_CTX *ctx, u32 at, struct pyc
 	return parsed;
 }
 
-/* PYCOPY_PARSED: a TCP segment whose addresses and ports are in *packet, all of it anew.
- * Anything else: the reason why not.
- */
-static __always_inline int pycopy_parse_flow(PYCOPY_CTX *ctx, struct pycopy_packet *packet)
+static __always_inline int pycopy_parse_ipv6(PYCOPY_CTX *ctx, u32 at, struct pycopy_packet *packet)
+{
+	struct pycopy_ipv6 ip;
+	u32 payload_bytes;
+
+	if (pycopy_read(ctx, at, &ip, sizeof(ip)))
+		return PYCOPY_TRUNCATED;
+	if ((ntohl(ip.version_class_label) >> 28) != 6)
+		return PYCOPY_MALFORMED;
+	at += sizeof(ip);
+	payload_bytes = ntohs(ip.payload_bytes);
+	if (!payload_bytes) {
+		payload_bytes = packet->frame_bytes - at;
+		if (payload_bytes <= PYCOPY_IP_MAX_BYTES)
+			return PYCOPY_MALFORMED;
+	}
+	packet->family = 6;
+	packet->end = at + payload_bytes;
+	__builtin_memcpy(packet->src, ip.src, sizeof(ip.src));
+	__builtin_memcpy(packet->dst, ip.dst, sizeof(ip.dst));
+	if (ip.next == PYCOPY_IP_ICMPV6)
+		packet->icmp_at = at;
+	return pycopy_skip_extensions(ctx, at, ip.next, packet);
+}
+
+/* Everything before TCP's header; ports_known says whether the ports can be read. */
+static __always_inline int pycopy_parse_ip(PYCOPY_CTX *ctx, struct pycopy_packet *packet)
 {
 	u32 at = 0;
-	int parsed, missing;
 
-	__builtin_memset(packet, 0, sizeof(*packet));
-	packet->frame_bytes = PYCOPY_FRAME_BYTES(ctx);
 #if PYCOPY_L2_BYTES
 	struct pycopy_vlan tag;
 
@@ -279,23 +279,32 @@ static __always_inline int pycopy_parse_flow(PYCOPY_CTX *ctx, struct pycopy_pack
 		at += sizeof(tag);
 	}
 	if (tag.protocol == htons(PYCOPY_ETH_IPV4))
-		parsed = pycopy_parse_ipv4(ctx, at, packet);
-	else if (tag.protocol == htons(PYCOPY_ETH_IPV6))
-		parsed = pycopy_parse_ipv6(ctx, at, packet);
-	else
-		return PYCOPY_NOT_TCP;
+		return pycopy_parse_ipv4(ctx, at, packet);
+	if (tag.protocol == htons(PYCOPY_ETH_IPV6))
+		return pycopy_parse_ipv6(ctx, at, packet);
 #else
 	u8 version;
 
 	if (pycopy_read(ctx, at, &version, sizeof(version)))
 		return PYCOPY_TRUNCATED;
 	if (version >> 4 == 4)
-		parsed = pycopy_parse_ipv4(ctx, at, packet);
-	else if (version >> 4 == 6)
-		parsed = pycopy_parse_ipv6(ctx, at, packet);
-	else
-		return PYCOPY_NOT_TCP;
+		return pycopy_parse_ipv4(ctx, at, packet);
+	if (version >> 4 == 6)
+		return pycopy_parse_ipv6(ctx, at, packet);
 #endif
+	return PYCOPY_NOT_TCP;
+}
+
+/* PYCOPY_PARSED: a TCP segment whose addresses and ports are in *packet, all of it anew.
+ * Anything else: the reason why not.
+ */
+static __always_inline int pycopy_parse_flow(PYCOPY_CTX *ctx, struct pycopy_packet *packet)
+{
+	int parsed, missing;
+
+	__builtin_memset(packet, 0, sizeof(*packet));
+	packet->frame_bytes = PYCOPY_FRAME_BYTES(ctx);
+	parsed = pycopy_parse_ip(ctx, packet);
 	if (!packet->ports_known)
 		return parsed;
 	packet->ports_known = 0;
@@ -357,13 +366,38 @@ static __always_inline int pycopy_parse_sack(PYCOPY_CTX *ctx, u32 at, u64 bytes,
 	return PYCOPY_PARSED;
 }
 
-/* Options of a kind we know with a length it cannot have are passed over, as
- * the kernel does; a length that leads nowhere makes the segment malformed.
+/* One option at `at`, of any kind but END and NOP.  Of a kind we know with a length it cannot
+ * have, it is passed over, as the kernel does.
  */
+static __always_inline int pycopy_parse_option(PYCOPY_CTX *ctx, u32 at, const u8 *option,
+					       u64 length, struct pycopy_segment *segment)
+{
+	if (option[0] == PYCOPY_TCP_OPTION_TIMESTAMPS && length == 10) {
+		segment->options |= PYCOPY_OPT_TIMESTAMPS;
+		segment->tsval = pycopy_get32(option + 2);
+		segment->tsecr = pycopy_get32(option + 6);
+	} else if (option[0] == PYCOPY_TCP_OPTION_SACK) {
+		return pycopy_parse_sack(ctx, at + 2, length - 2, segment);
+	} else if (!(segment->tcp_flags & PYCOPY_TCP_SYN)) {
+		return PYCOPY_PARSED; /* the others have a meaning in a SYN only */
+	} else if (option[0] == PYCOPY_TCP_OPTION_MSS && length == 4) {
+		segment->options |= PYCOPY_OPT_MSS;
+		segment->mss = pycopy_get16(option + 2);
+	} else if (option[0] == PYCOPY_TCP_OPTION_WSCALE && length == 3) {
+		segment->options |= PYCOPY_OPT_WSCALE;
+		segment->wscale = option[2] < PYCOPY_WSCALE_MAX ? option[2] : PYCOPY_WSCALE_MAX;
+	} else if (option[0] == PYCOPY_TCP_OPTION_SACK_PERM && length == 2) {
+		segment->options |= PYCOPY_OPT_SACK_PERM;
+	}
+	return PYCOPY_PARSED;
+}
+
+/* All of them; a length that leads nowhere makes the segment malformed. */
 static __always_inline int pycopy_parse_options(PYCOPY_CTX *ctx, u32 at, u64 bytes,
 						struct pycopy_scratch *scratch)
 {
 	struct pycopy_segment *segment = &scratch->segment;
+	int parsed;
 
 	if (!pycopy_within(&bytes, 4, PYCOPY_TCP_OPTIONS_BYTES))
 		return PYCOPY_PARSED;
@@ -398,27 +432,9 @@ static __always_inline int pycopy_parse_options(PYCOPY_CTX *ctx, u32 at, u64 byt
 		if (pos + 2 > bytes || length < 2 || pos + length > bytes)
 			return PYCOPY_MALFORMED;
 		scratch->pos = pos + length;
-		if (option[0] == PYCOPY_TCP_OPTION_TIMESTAMPS && length == 10) {
-			segment->options |= PYCOPY_OPT_TIMESTAMPS;
-			segment->tsval = pycopy_get32(option + 2);
-			segment->tsecr = pycopy_get32(option + 6);
-		} else if (option[0] == PYCOPY_TCP_OPTION_SACK) {
-			int parsed = pycopy_parse_sack(ctx, at + pos + 2, length - 2, segment);
-
-			if (parsed)
-				return parsed;
-		} else if (!(segment->tcp_flags & PYCOPY_TCP_SYN)) {
-			continue; /* the others have a meaning in a SYN only */
-		} else if (option[0] == PYCOPY_TCP_OPTION_MSS && length == 4) {
-			segment->options |= PYCOPY_OPT_MSS;
-			segment->mss = pycopy_get16(option + 2);
-		} else if (option[0] == PYCOPY_TCP_OPTION_WSCALE && length == 3) {
-			segment->options |= PYCOPY_OPT_WSCALE;
-			segment->wscale =
-				option[2] < PYCOPY_WSCALE_MAX ? option[2] : PYCOPY_WSCALE_MAX;
-		} else if (option[0] == PYCOPY_TCP_OPTION_SACK_PERM && length == 2) {
-			segment->options |= PYCOPY_OPT_SACK_PERM;
-		}
+		parsed = pycopy_parse_option(ctx, at + pos, option, length, segment);
+		if (parsed)
+			return parsed;
 	}
 	return PYCOPY_PARSED;
 }

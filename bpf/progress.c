@@ -8,8 +8,8 @@
  * Whoever has the cookie is an intercept of this run.  Nothing else is touched, whatever
  * it pretends to be: TC sees it before any firewall of this host, which must have its say.
  */
-#include "maps.h"
-#include "fastpath.h"
+#include "keep.h"
+#include "record.h"
 
 /* Value of the map "scratch" here. */
 _Static_assert(sizeof(struct pycopy_datagram) <= PYCOPY_SCRATCH_BYTES,
@@ -78,9 +78,7 @@ static __always_inline int take_in(struct __sk_buff *ctx, struct pycopy_packet *
 		pycopy_count(PYCOPY_INT_KEPT, 1);
 		return kept == PYCOPY_KEPT ? TC_ACT_SHOT : bpf_redirect(ifindex, 0);
 	}
-	segment->time_ns = bpf_ktime_get_ns(); /* by our clock */
-	pycopy_count(pycopy_submit(ctx, segment, sizeof(*segment)) ? PYCOPY_INT_RING_FULL
-								   : PYCOPY_INT_CAPTURED, 1);
+	pycopy_record_response(ctx, segment, PYCOPY_INT_CAPTURED);
 	return TC_ACT_SHOT;
 }
 

@@ -3,8 +3,9 @@
  * The ABI between the BPF programs and user space: every struct, enum and
  * constant both sides share, and nothing else.  pycopy/kernel/abi.py and, for the maps,
  * pycopy/kernel/shapes.py are its twins; tests/bpf/test_abi.py compares them.  A session is
- * declared in pycopy/session/fields.py (generated.h).  Change one, change both, and raise PYCOPY_ABI_VERSION: the same records travel over the channel
- * between hosts (pycopy/channel.py), so an old peer must be able to refuse.
+ * declared in pycopy/session/fields.py (generated.h).  Change one, change both, and raise
+ * PYCOPY_ABI_VERSION: the same records travel over the channel between hosts
+ * (pycopy/channel/), so an old peer must be able to refuse.
  *
  * Byte order: host order, except `key`, which is raw network-order bytes so
  * that user space can use it as a dictionary key without touching it.
@@ -50,7 +51,7 @@ struct pycopy_key {
 struct pycopy_segment {
 	__u64 time_ns;		/* CLOCK_MONOTONIC at the hook */
 	__u8 kind;		/* enum pycopy_kind */
-	__u8 tcp_flags;		/* as in the header: FIN 1 SYN 2 RST 4 PSH 8 ACK 16 URG 32 ECE 64 CWR 128 */
+	__u8 tcp_flags;		/* FIN 1 SYN 2 RST 4 PSH 8 ACK 16 URG 32 ECE 64 CWR 128 */
 	__u8 options;		/* PYCOPY_OPT_* */
 	__u8 wscale;		/* window scale option of a SYN, 0 if absent */
 	__u16 service;		/* index of the -x entry that matched (client), else 0 */
@@ -199,14 +200,14 @@ enum pycopy_intercept_count {
 	PYCOPY_INT_MATCHED = 0,	  /* TCP segments that the filter selects, and TOO_BIG */
 	PYCOPY_INT_CAPTURED,	  /* records put into the ring, then swallowed */
 	PYCOPY_INT_PASSED,	  /* not a replay's: left alone */
-	PYCOPY_INT_FRAGMENT,	  /* fragments: swallowed if a replay's by address, never recorded */
+	PYCOPY_INT_FRAGMENT,	  /* swallowed if a replay's by address, never recorded */
 	PYCOPY_INT_TRUNCATED,
 	PYCOPY_INT_MALFORMED,
 	PYCOPY_INT_RING_FULL,	  /* treated as ever, but its record was lost */
 	PYCOPY_INT_TOO_BIG,	  /* ICMP about a copy: recorded, and let through */
-	PYCOPY_INT_KEPT,	  /* taken by a session of the kernel's own (PYCOPY_FAST_RESPONSES) */
+	PYCOPY_INT_KEPT,	  /* taken by a session of the kernel's own */
 	PYCOPY_INT_RELAYED,	  /* turned into a datagram to its replay, then swallowed */
-	PYCOPY_INT_LAPSED,	  /* a replay's, but nobody has been here for too long: let through */
+	PYCOPY_INT_LAPSED,	  /* a replay's, but nobody has been here for too long: passed */
 	PYCOPY_INT_COUNTS
 };
 
@@ -494,7 +495,8 @@ enum pycopy_fast_count {
 	PYCOPY_FAST_OUT_ACK,
 	PYCOPY_FAST_OUT_FAILED, /* refused by the device: loss, for TCP to repair */
 	PYCOPY_FAST_HOLD_TIME,	/* the first of PYCOPY_HOLD_BUCKETS */
-	PYCOPY_FAST_LEFT = PYCOPY_FAST_HOLD_TIME + PYCOPY_HOLD_BUCKETS, /* the first of LEFT_REASONS */
+	/* The first of LEFT_REASONS. */
+	PYCOPY_FAST_LEFT = PYCOPY_FAST_HOLD_TIME + PYCOPY_HOLD_BUCKETS,
 	PYCOPY_FAST_COUNTS = PYCOPY_FAST_LEFT + PYCOPY_LEFT_REASONS
 };
 
