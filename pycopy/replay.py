@@ -35,8 +35,7 @@ from pycopy.report.ledger import Ledger
 from pycopy.report.notices import Lapses, Silence
 from pycopy.report.reporter import Console, Reporter
 from pycopy.responses.base import Responses
-from pycopy.responses.elsewhere import ResponsesElsewhere, why_not_in_kernel
-from pycopy.responses.here import ResponsesHere, take_ports
+from pycopy.responses.choose import Choice
 from pycopy.session.fates import Fate
 from pycopy.session.rules import MS, SECOND, Rules
 from pycopy.session.states import Outcome
@@ -145,7 +144,6 @@ class Replay:
             self._hops.wait_usable(START_TIMEOUT_S)
         for hop in hops:
             self._egress.prepare(hop)
-        self._ports = None if self.config.intercepts else take_ports(self.config)
         self._attach()
         self._silence = Silence(
             self._ledger, describe_endpoints(self._targets), self._responses.hints
@@ -158,14 +156,15 @@ class Replay:
         config = self.config
         self._heartbeat.open()
         transport = choose_transport(config.transport == "perf", config.ring_bytes, self._heartbeat)
-        why = self._why_no_fastpath()
+        choice = Choice(config, self, self._loop, self._hops, self._targets)
+        why = choice.why_no_fastpath()
         if not why:
             try:
                 kernel = KernelSessions(
                     len(config.services), config.max_sessions, config.backlog_bytes
                 )
                 self._attached.callback(kernel.close)
-                self._attach_with(kernel, transport)
+                self._attach_with(choice, kernel, transport)
                 return
             except (UsageError, PeerError):
                 raise  # nothing that would go better without
@@ -175,23 +174,19 @@ class Replay:
             self._hop_listeners.clear()
             self._attached.close()
         self._ledger.fastpath = {"state": f"off: {why}"}
-        self._attach_with(None, transport)
+        self._attach_with(choice, None, transport)
         if config.fastpath:
             say(f"fast path off: {why}")
 
-    def _why_no_fastpath(self) -> str:
-        config = self.config
-        if not config.fastpath:
-            return "--no-fastpath"
-        if config.hook == "xdp":
-            return "the XDP hook cannot send copies"
-        return why_not_in_kernel(config, self._targets) if config.intercepts else ""
-
-    def _attach_with(self, kernel: KernelSessions | None, transport: Transport) -> None:
+    def _attach_with(
+        self, choice: Choice, kernel: KernelSessions | None, transport: Transport
+    ) -> None:
         """Make the parts, each of those before it; then put them to use."""
         config, ledger, hops, egress = self.config, self._ledger, self._hops, self._egress
-        responses = self._responses = self._make_responses(transport, kernel)
+        responses = self._responses = choice.make(transport, kernel)
         self._attached.callback(responses.close)
+        # First, so that nothing leaves by a device where responses are not swallowed yet.
+        self._hop_listeners.append(responses.on_hop_change)
         self._table = Table(
             _rules(config), ledger, responses.addresses, self._targets, egress.path_mss,
             time.monotonic_ns(), responses, Keeper(kernel) if kernel else None,
@@ -202,7 +197,6 @@ class Replay:
                 responses.why_not_relayed,
             )  # fmt: skip
             self._hop_listeners.append(self._fastpath.on_hop_change)
-        self._hop_listeners.append(responses.on_hop_change)
         # Loading takes its time on a busy machine: an intercept must not wait for it.
         self._captures = self._load_captures(transport, kernel)
         self._attached.callback(self._captures.close)
@@ -210,14 +204,6 @@ class Replay:
         self._heartbeat.begin()
         self._captures.begin()
         responses.catch_up()
-
-    def _make_responses(self, transport: Transport, kernel: KernelSessions | None) -> Responses:
-        config, loop, targets = self.config, self._loop, self._targets
-        if self._ports is None:
-            return ResponsesElsewhere(config, self, loop, targets, transport, kernel)
-        return ResponsesHere(
-            config, self, loop, self._hops, targets, self._ports, transport, kernel
-        )
 
     def _load_captures(self, transport: Transport, kernel: KernelSessions | None) -> Captures:
         config = self.config
