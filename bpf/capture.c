@@ -168,7 +168,8 @@ static __always_inline void copy(PYCOPY_CTX *ctx, struct pycopy_scratch *work, i
 	parsed = pycopy_parse_tcp(ctx, packet, work);
 	if (parsed) {
 		pycopy_count(parsed == PYCOPY_TRUNCATED ? PYCOPY_CAP_TRUNCATED
-							: PYCOPY_CAP_MALFORMED, 1);
+							: PYCOPY_CAP_MALFORMED,
+			     1);
 		return;
 	}
 	segment->kind = PYCOPY_CLIENT;

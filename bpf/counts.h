@@ -38,8 +38,8 @@ static __always_inline void pycopy_count_syn(u64 *counts, enum pycopy_fast_count
 }
 
 /* A response that a session has taken in. */
-static __always_inline void pycopy_count_response(u64 *counts,
-						  const struct pycopy_segment *segment, int verdict)
+static __always_inline void pycopy_count_response(u64 *counts, const struct pycopy_segment *segment,
+						  int verdict)
 {
 	counts[PYCOPY_FAST_RESPONSES]++;
 	counts[verdict == PYCOPY_STEERED ? PYCOPY_FAST_RESPONSES_STEERED

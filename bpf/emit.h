@@ -23,7 +23,7 @@
 #define PYCOPY_SUM_BYTES 512 /* bpf_csum_diff() takes no more before Linux 6.13 */
 
 #define PYCOPY_SACK_PERM_TIMESTAMPS htonl(0x0402080a)
-#define PYCOPY_NOP_NOP_SACK_PERM   htonl(0x01010402)
+#define PYCOPY_NOP_NOP_SACK_PERM    htonl(0x01010402)
 
 struct pycopy_work {
 	__u64 now_ns; /* read once for each packet: the clock is a large part of what it costs */
@@ -157,8 +157,8 @@ static __always_inline long pycopy_clone_as(PYCOPY_CTX *ctx, struct pycopy_work 
 		return -1;
 	__builtin_memcpy(fresh, saved, PYCOPY_HEADERS_BYTES);
 	__builtin_memcpy(&id, saved + ip_at + 4, 2);
-	pycopy_put_ip(fresh, hop->l2, key->client_addr, key->server_addr, ip_bytes,
-		      PYCOPY_IP_TCP, tcp_bytes, id);
+	pycopy_put_ip(fresh, hop->l2, key->client_addr, key->server_addr, ip_bytes, PYCOPY_IP_TCP,
+		      tcp_bytes, id);
 	pycopy_put_tcp(fresh + tcp_at, key, &work->reply, header_bytes);
 	if (pycopy_put_options(fresh + tcp_at + 20, header_bytes - 20, &work->reply,
 			       pycopy_tsval(work, config)))
@@ -230,8 +230,8 @@ static __always_inline long pycopy_become(PYCOPY_CTX *ctx, struct pycopy_work *w
 	if (ctx->vlan_present)
 		bpf_skb_vlan_pop(ctx);
 	__builtin_memset(fresh + tcp_at, 0, 32);
-	pycopy_put_ip(fresh, hop->l2, key->client_addr, key->server_addr, ip_bytes,
-		      PYCOPY_IP_TCP, header_bytes + payload, 0);
+	pycopy_put_ip(fresh, hop->l2, key->client_addr, key->server_addr, ip_bytes, PYCOPY_IP_TCP,
+		      header_bytes + payload, 0);
 	pycopy_put_tcp(fresh + tcp_at, key, &work->reply, header_bytes);
 	if (timestamps)
 		pycopy_put_timestamps(fresh + tcp_at + 20, &work->reply,

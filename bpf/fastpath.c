@@ -179,8 +179,7 @@ static __always_inline int pycopy_forgive(struct pycopy_session *s, struct pycop
 	work->record = *record;
 	bpf_spin_lock(&s->lock);
 	owed = pycopy_owed(s, work->record.ack - s->online_irs);
-	if (pycopy_is_ours(s, &work->flow) && s->held && owed > 0 &&
-	    s->held_at == at) {
+	if (pycopy_is_ours(s, &work->flow) && s->held && owed > 0 && s->held_at == at) {
 		doubt = owed >= s->smss ? PYCOPY_KNOWN_DOUBT : s->known & PYCOPY_KNOWN_DOUBT;
 		if (doubt && work->record.tcp_flags & PYCOPY_TCP_FIN) {
 			forgiven = -1;
@@ -215,15 +214,14 @@ static __always_inline void pycopy_judge(struct pycopy_session *s, struct pycopy
 		forgiven = pycopy_forgive(s, work, counts);
 		if (forgiven < 0)
 			pycopy_expel(s, &work->flow, counts, PYCOPY_LEFT_CLOSE);
-		else if (!forgiven &&
-			 pycopy_since(s->progress_ns, now_ns) >= config->quiet_max_ns)
+		else if (!forgiven && pycopy_since(s->progress_ns, now_ns) >= config->quiet_max_ns)
 			pycopy_expel(s, &work->flow, counts, why);
 	}
 }
 
 /* What was seen (PYCOPY_TIMER_SEEN); zero: nothing is pending. */
 static __always_inline u32 pycopy_look(struct __sk_buff *ctx, u32 slot, struct pycopy_work *work,
-					struct pycopy_fast_config *config, u64 *counts, int all)
+				       struct pycopy_fast_config *config, u64 *counts, int all)
 {
 	struct pycopy_session *s = pycopy_lookup(PYCOPY_MAP_SESSIONS, &slot);
 	u64 now_ns = work->now_ns;

@@ -20,9 +20,9 @@
 enum pycopy_kept {
 	PYCOPY_TO_USER = 0,
 	PYCOPY_TO_SESSION, /* the same, of a session that user space has or is about to get */
-	PYCOPY_KEPT,	 /* dealt with here */
-	PYCOPY_IDLE_ACK, /* an acknowledgement that nobody needs */
-	PYCOPY_GONE_OUT, /* the packet has become a frame to the target: redirect it */
+	PYCOPY_KEPT,	   /* dealt with here */
+	PYCOPY_IDLE_ACK,   /* an acknowledgement that nobody needs */
+	PYCOPY_GONE_OUT,   /* the packet has become a frame to the target: redirect it */
 };
 
 /* Another CPU's packet may have come after `now_ns` was read. */

@@ -10,15 +10,15 @@
 #include <uapi/linux/pkt_cls.h>
 
 #if PYCOPY_HOOK_XDP
-#define PYCOPY_CTX	   struct xdp_md
-#define PYCOPY_LOAD_BYTES  bpf_xdp_load_bytes
+#define PYCOPY_CTX		struct xdp_md
+#define PYCOPY_LOAD_BYTES	bpf_xdp_load_bytes
 #define PYCOPY_FRAME_BYTES(ctx) ((u32)bpf_xdp_get_buff_len(ctx))
-#define PYCOPY_CONTINUE	   XDP_PASS
+#define PYCOPY_CONTINUE		XDP_PASS
 #else
-#define PYCOPY_CTX	   struct __sk_buff
-#define PYCOPY_LOAD_BYTES  bpf_skb_load_bytes
+#define PYCOPY_CTX		struct __sk_buff
+#define PYCOPY_LOAD_BYTES	bpf_skb_load_bytes
 #define PYCOPY_FRAME_BYTES(ctx) ((ctx)->len)
-#define PYCOPY_CONTINUE	   TC_ACT_UNSPEC /* the next program's turn */
+#define PYCOPY_CONTINUE		TC_ACT_UNSPEC /* the next program's turn */
 #endif
 
 #ifndef __always_inline

@@ -179,7 +179,8 @@ static __always_inline int swallow(PYCOPY_CTX *ctx, struct pycopy_scratch *work,
 	parsed = pycopy_parse_tcp(ctx, packet, work);
 	if (parsed) {
 		pycopy_count(parsed == PYCOPY_TRUNCATED ? PYCOPY_INT_TRUNCATED
-							: PYCOPY_INT_MALFORMED, 1);
+							: PYCOPY_INT_MALFORMED,
+			     1);
 		return vanish(settings);
 	}
 	segment->kind = PYCOPY_TARGET;

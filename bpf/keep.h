@@ -40,7 +40,7 @@ static __always_inline int pycopy_is_too_long(PYCOPY_CTX *ctx, struct pycopy_seg
 					      const struct pycopy_hop *hop, u32 tcp_header_bytes)
 {
 	u32 bytes = ctx->gso_size && ctx->gso_size < segment->seg_len ? ctx->gso_size
-								       : segment->seg_len;
+								      : segment->seg_len;
 
 	/* The copy's options take what the client's took, in use or not. */
 	bytes += tcp_header_bytes - 20;

@@ -91,8 +91,7 @@ static __always_inline u64 pycopy_log_append(PYCOPY_CTX *ctx, struct pycopy_segm
 	record->ack = segment->ack;
 	record->seg_len = segment->seg_len;
 	record->tcp_flags = segment->tcp_flags | boundary;
-	record->end = segment->seq + segment->seg_len +
-		      !!(segment->tcp_flags & PYCOPY_TCP_FIN);
+	record->end = segment->seq + segment->seg_len + !!(segment->tcp_flags & PYCOPY_TCP_FIN);
 	record->time_ns = segment->time_ns;
 	record->before = before;
 	record->next = 0;

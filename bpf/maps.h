@@ -10,7 +10,7 @@
 #include "hook.h"
 #include "pycopy.h"
 
-#define PYCOPY_MAP(number) bpf_pseudo_fd(1, number)
+#define PYCOPY_MAP(number)    bpf_pseudo_fd(1, number)
 #define PYCOPY_CONSTANT(name) bpf_pseudo_fd(PYCOPY_LINK_CONSTANT, PYCOPY_CONSTANT_##name)
 
 /* bcc rewrites calls of the helpers' own names for maps of its own. */

@@ -30,8 +30,7 @@ static __always_inline long pycopy_send_clone(PYCOPY_CTX *ctx, struct pycopy_wor
  * late: it gives way (the client's port is used again, or every port of ours was).  Zero: the
  * connection is `flow`'s.
  */
-static __always_inline long pycopy_take_over(struct pycopy_key *key,
-					     const struct pycopy_flow *flow)
+static __always_inline long pycopy_take_over(struct pycopy_key *key, const struct pycopy_flow *flow)
 {
 	struct pycopy_flow *taken = pycopy_lookup(PYCOPY_MAP_TARGETS, key);
 	struct pycopy_session *s;

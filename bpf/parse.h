@@ -61,7 +61,7 @@
 #define PYCOPY_TCP_OPTION_SACK	     5
 #define PYCOPY_TCP_OPTION_TIMESTAMPS 8
 /* Two NOPs, then timestamps: the one layout that real stacks use (RFC 7323 A). */
-#define PYCOPY_NOP_NOP_TIMESTAMPS    htonl(0x0101080a)
+#define PYCOPY_NOP_NOP_TIMESTAMPS htonl(0x0101080a)
 
 struct pycopy_vlan {
 	__be16 tci;

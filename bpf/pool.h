@@ -34,8 +34,7 @@ static __always_inline void pycopy_put_half(u8 *to, u64 half)
 
 /* addresses.PooledAddresses, its first choice: non-zero if there is none for the client. */
 static __always_inline int pycopy_choose_address(struct pycopy_key *key, const u8 *client,
-						 u8 family,
-						 const struct pycopy_fast_config *config)
+						 u8 family, const struct pycopy_fast_config *config)
 {
 	u32 first = family == 6 ? PYCOPY_POOL_NETWORKS + 1 : 0, at;
 	u32 networks = family == 6 ? config->pool6 : config->pool4;

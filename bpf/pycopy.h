@@ -27,10 +27,10 @@ enum pycopy_kind {
 };
 
 /* Bits of pycopy_segment.options: which TCP options were present. */
-#define PYCOPY_OPT_MSS		0x01
-#define PYCOPY_OPT_WSCALE	0x02
-#define PYCOPY_OPT_SACK_PERM	0x04
-#define PYCOPY_OPT_TIMESTAMPS	0x08
+#define PYCOPY_OPT_MSS	      0x01
+#define PYCOPY_OPT_WSCALE     0x02
+#define PYCOPY_OPT_SACK_PERM  0x04
+#define PYCOPY_OPT_TIMESTAMPS 0x08
 
 /* The identity of a connection, the same bytes seen from either direction:
  * the client's side first, whoever sent the segment.  IPv4 addresses are
@@ -49,24 +49,24 @@ struct pycopy_key {
  * records, each with its own seq and seg_len; FIN and PSH only on the last.
  */
 struct pycopy_segment {
-	__u64 time_ns;		/* CLOCK_MONOTONIC at the hook */
-	__u8 kind;		/* enum pycopy_kind */
-	__u8 tcp_flags;		/* FIN 1 SYN 2 RST 4 PSH 8 ACK 16 URG 32 ECE 64 CWR 128 */
-	__u8 options;		/* PYCOPY_OPT_* */
-	__u8 wscale;		/* window scale option of a SYN, 0 if absent */
-	__u16 service;		/* index of the -x entry that matched (client), else 0 */
-	__u16 wnd;		/* window field, unscaled */
+	__u64 time_ns;	/* CLOCK_MONOTONIC at the hook */
+	__u8 kind;	/* enum pycopy_kind */
+	__u8 tcp_flags; /* FIN 1 SYN 2 RST 4 PSH 8 ACK 16 URG 32 ECE 64 CWR 128 */
+	__u8 options;	/* PYCOPY_OPT_* */
+	__u8 wscale;	/* window scale option of a SYN, 0 if absent */
+	__u16 service;	/* index of the -x entry that matched (client), else 0 */
+	__u16 wnd;	/* window field, unscaled */
 	__u32 seq;
 	__u32 ack;
-	__u32 tsval;		/* 0 unless PYCOPY_OPT_TIMESTAMPS */
+	__u32 tsval; /* 0 unless PYCOPY_OPT_TIMESTAMPS */
 	__u32 tsecr;
-	__u32 seg_len;		/* payload bytes this record stands for */
-	__u32 payload_bytes;	/* payload bytes that follow in the record */
-	__u16 mss;		/* MSS option of a SYN, 0 if absent; PYCOPY_TOO_BIG: an MTU */
-	__u8 family;		/* 4 or 6 */
-	__u8 sack_blocks;	/* valid blocks in sack[], 0..4 */
+	__u32 seg_len;	     /* payload bytes this record stands for */
+	__u32 payload_bytes; /* payload bytes that follow in the record */
+	__u16 mss;	     /* MSS option of a SYN, 0 if absent; PYCOPY_TOO_BIG: an MTU */
+	__u8 family;	     /* 4 or 6 */
+	__u8 sack_blocks;    /* valid blocks in sack[], 0..4 */
 	struct pycopy_key key;
-	__u32 sack[8];		/* left and right edges (RFC 2018 3) */
+	__u32 sack[8]; /* left and right edges (RFC 2018 3) */
 };
 
 #define PYCOPY_PIECE_BYTES 16384
@@ -136,7 +136,7 @@ enum pycopy_constant {
 
 /* Map "settings", one entry. */
 struct pycopy_settings {
-	__u32 worker;  /* which of so many workers' flows are these */
+	__u32 worker; /* which of so many workers' flows are these */
 	__u32 workers;
 	__u16 port_lo; /* zero-route mode: ports that copies may leave from */
 	__u16 port_hi;
@@ -177,17 +177,17 @@ struct pycopy_endpoint {
  * TRUNCATED + MALFORMED + RING_FULL + KEPT + LAPSED, always.
  */
 enum pycopy_capture_count {
-	PYCOPY_CAP_SELECTED = 0,  /* TCP segments to a copied service, and every TCP fragment */
-	PYCOPY_CAP_EXTRA_PIECES,  /* records beyond the first of a cut super-segment */
-	PYCOPY_CAP_CAPTURED,	  /* records put into the ring */
-	PYCOPY_CAP_PURE_ACK,	  /* ACKs that carry nothing the session engine needs */
-	PYCOPY_CAP_FILTERED,	  /* rejected by the user's -F expression */
-	PYCOPY_CAP_FRAGMENT,	  /* IP fragments of TCP: their ports are not all readable */
-	PYCOPY_CAP_TRUNCATED,	  /* headers or payload end before their own lengths say */
-	PYCOPY_CAP_MALFORMED,	  /* lengths or options that contradict themselves */
-	PYCOPY_CAP_RING_FULL,	  /* user space was too slow: lost, and counted here */
-	PYCOPY_CAP_KEPT,	  /* taken by a session of the kernel's own (PYCOPY_FAST_CLIENT) */
-	PYCOPY_CAP_LAPSED,	  /* user space has missed its heartbeat: nothing is copied */
+	PYCOPY_CAP_SELECTED = 0, /* TCP segments to a copied service, and every TCP fragment */
+	PYCOPY_CAP_EXTRA_PIECES, /* records beyond the first of a cut super-segment */
+	PYCOPY_CAP_CAPTURED,	 /* records put into the ring */
+	PYCOPY_CAP_PURE_ACK,	 /* ACKs that carry nothing the session engine needs */
+	PYCOPY_CAP_FILTERED,	 /* rejected by the user's -F expression */
+	PYCOPY_CAP_FRAGMENT,	 /* IP fragments of TCP: their ports are not all readable */
+	PYCOPY_CAP_TRUNCATED,	 /* headers or payload end before their own lengths say */
+	PYCOPY_CAP_MALFORMED,	 /* lengths or options that contradict themselves */
+	PYCOPY_CAP_RING_FULL,	 /* user space was too slow: lost, and counted here */
+	PYCOPY_CAP_KEPT,	 /* taken by a session of the kernel's own (PYCOPY_FAST_CLIENT) */
+	PYCOPY_CAP_LAPSED,	 /* user space has missed its heartbeat: nothing is copied */
 	PYCOPY_CAP_COUNTS
 };
 
@@ -197,17 +197,17 @@ enum pycopy_capture_count {
  * PASSED.
  */
 enum pycopy_intercept_count {
-	PYCOPY_INT_MATCHED = 0,	  /* TCP segments that the filter selects, and TOO_BIG */
-	PYCOPY_INT_CAPTURED,	  /* records put into the ring, then swallowed */
-	PYCOPY_INT_PASSED,	  /* not a replay's: left alone */
-	PYCOPY_INT_FRAGMENT,	  /* swallowed if a replay's by address, never recorded */
+	PYCOPY_INT_MATCHED = 0, /* TCP segments that the filter selects, and TOO_BIG */
+	PYCOPY_INT_CAPTURED,	/* records put into the ring, then swallowed */
+	PYCOPY_INT_PASSED,	/* not a replay's: left alone */
+	PYCOPY_INT_FRAGMENT,	/* swallowed if a replay's by address, never recorded */
 	PYCOPY_INT_TRUNCATED,
 	PYCOPY_INT_MALFORMED,
-	PYCOPY_INT_RING_FULL,	  /* treated as ever, but its record was lost */
-	PYCOPY_INT_TOO_BIG,	  /* ICMP about a copy: recorded, and let through */
-	PYCOPY_INT_KEPT,	  /* taken by a session of the kernel's own */
-	PYCOPY_INT_RELAYED,	  /* turned into a datagram to its replay, then swallowed */
-	PYCOPY_INT_LAPSED,	  /* a replay's, but nobody has been here for too long: passed */
+	PYCOPY_INT_RING_FULL, /* treated as ever, but its record was lost */
+	PYCOPY_INT_TOO_BIG,   /* ICMP about a copy: recorded, and let through */
+	PYCOPY_INT_KEPT,      /* taken by a session of the kernel's own */
+	PYCOPY_INT_RELAYED,   /* turned into a datagram to its replay, then swallowed */
+	PYCOPY_INT_LAPSED,    /* a replay's, but nobody has been here for too long: passed */
 	PYCOPY_INT_COUNTS
 };
 
@@ -221,7 +221,7 @@ enum pycopy_claim {
 };
 
 struct pycopy_claim_key {
-	__u32 prefix_bits;	/* 0..128, IPv4-mapped for IPv4 (96 + n) */
+	__u32 prefix_bits; /* 0..128, IPv4-mapped for IPv4 (96 + n) */
 	__u8 addr[16];
 };
 
@@ -346,10 +346,10 @@ struct pycopy_log_record {
 	__u32 ack; /* the client's, of the online server's stream */
 	__u32 seg_len;
 	__u32 tcp_flags; /* of the segment, and PYCOPY_LOG_BOUNDARY */
-	__u32 end;	/* seq of what follows, FIN included */
-	__u64 time_ns;	/* when it was captured; once it is sent, when that was */
-	__u64 before;	/* the session's previous record */
-	__u64 next;	/* and the next one, if that is held */
+	__u32 end;	 /* seq of what follows, FIN included */
+	__u64 time_ns;	 /* when it was captured; once it is sent, when that was */
+	__u64 before;	 /* the session's previous record */
+	__u64 next;	 /* and the next one, if that is held */
 };
 
 /* The head of one CPU's log; PYCOPY_CONSTANT_LOG_MASK + 1 bytes of records and room for one
@@ -450,7 +450,7 @@ struct pycopy_attention {
 
 /* How the timer is run: __sk_buff.mark going in, and coming out as the return value. */
 enum pycopy_timer {
-	PYCOPY_TIMER_BEGIN = 1,	   /* a new pass over the sessions with something pending */
+	PYCOPY_TIMER_BEGIN = 1,	    /* a new pass over the sessions with something pending */
 	PYCOPY_TIMER_BEGIN_ALL = 2, /* over all sessions */
 	PYCOPY_TIMER_GO_ON = 3,
 	PYCOPY_TIMER_GO_ON_ALL = 4,
@@ -485,7 +485,7 @@ enum pycopy_fast_count {
 	PYCOPY_FAST_OPENED,
 	PYCOPY_FAST_ESTABLISHED,
 	PYCOPY_FAST_CLOSED,
-	PYCOPY_FAST_TAKEN,   /* sessions that user space has taken */
+	PYCOPY_FAST_TAKEN, /* sessions that user space has taken */
 	PYCOPY_FAST_GIVEN,
 	PYCOPY_FAST_RELEASED_BY_QUIET, /* the target's answer was shorter than the online one */
 	PYCOPY_FAST_OUT_SEGMENTS,

@@ -113,7 +113,7 @@ static __always_inline int pycopy_may_send(struct pycopy_session *s,
 		room = cwnd_room;
 	if (offer->seg_len > room || room < 0) {
 		if (pycopy_in_flight(s))
-			return PYCOPY_HOLD; /* acknowledgements are coming */
+			return PYCOPY_HOLD;		   /* acknowledgements are coming */
 		return pycopy_leave(s, PYCOPY_LEFT_QUEUE); /* a window to be probed */
 	}
 	return PYCOPY_SEND;

@@ -54,8 +54,7 @@ static __always_inline void pycopy_append(const struct pycopy_session *s, u64 no
 	/* An ACK never moves back: a segment that was overtaken has a lower one.  What the
 	 * client had received since its segment before makes this one a new request.
 	 */
-	offer->boundary = !(s->known & PYCOPY_KNOWN_NEED) ||
-			  (s32)(offer->ack - s->online_need) > 0;
+	offer->boundary = !(s->known & PYCOPY_KNOWN_NEED) || (s32)(offer->ack - s->online_need) > 0;
 	if (!offer->boundary)
 		offer->ack = s->online_need;
 	offer->need = offer->ack - heard->online_irs;
