@@ -12,6 +12,7 @@ import pytest
 from pycopy.kernel import abi, syscall
 from pycopy.kernel.abi import CaptureCount, FastCount, InterceptCount, Owner
 from tests.bpf.fast import TC_REDIRECT, Bench
+from tests.bpf.frames import SYN_OPTIONS
 from tests.bpf.harness import TC_CONTINUE, TC_SHOT, Namespaces, runnable
 from tests.bpf.oracle import WHOLE, look
 
@@ -147,4 +148,21 @@ def test_what_parsers_refuse_opens_nothing(bench, family):
             tried += 1
             assert bench.client(frame) == []
     assert bench.counts()[FastCount.OPENED] == opened
+    bench.clear()
+
+
+@families
+def test_what_follows_the_segment_that_makes_a_session_leave_changes_nothing(bench, family):
+    """User space reads both, in order: what was learnt of the second one would be too much."""
+    connection = bench.connection(family)
+    (syn,) = bench.client(connection.client_frame("S", options=SYN_OPTIONS))
+    connection.copy_port = connection.check(syn).sport
+    connection.seq = connection.seq + 1 & 0xFFFFFFFF
+    before = connection.state()
+    for size in (1, 500):
+        connection.answered_online(size)
+        assert bench.client(connection.client_frame("PA", b"beyond a gap", back=-100)) == []
+    ((session, _),) = bench.kernel_sessions()
+    left = before._replace(owner=Owner.LEAVING, left=abi.Left.ORDER)
+    assert session[2:] == left[2:]  # behind lock and generation
     bench.clear()
