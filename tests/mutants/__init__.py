@@ -1,0 +1,1 @@
+"""Single changes of the rules in C, and whether a test notices each: see __main__.py."""
