@@ -13,6 +13,8 @@ An annotation has the C type, the space, and what the field means; then, where i
 the engine has it (:class:`At`), the bit without which it means nothing (:class:`Known`), what
 it begins with when the kernel opens a session (:class:`Reset`, else 0), its unit, and whether
 it is :data:`SAMPLED`. A rule that needs one bit more takes a line in :class:`Known`.
+
+Tests: tests/unit/test_generate.py, tests/unit/test_handover.py
 """
 
 import struct

@@ -71,6 +71,14 @@ def test_the_engine_is_described_file_by_file():
     assert listed | {"__init__.py", "session.py"} == files
 
 
+def test_every_program_is_listed():
+    rows = table_under("The programs are in `bpf/`:", ARCHITECTURE)
+    listed = {name for row in rows for name in re.findall(r"`bpf/(\w+\.[ch])`", row[0])}
+    # What every program includes: the hook's names, and scratch memory.
+    files = {path.name for path in (ROOT / "bpf").glob("*.[ch]")} - {"hook.h", "scratch.h"}
+    assert listed == files
+
+
 def test_words_of_the_glossary_are_in_use():
     """Those that are names in the code, and so written like it."""
     glossary = ARCHITECTURE.partition("## Glossary")[2]
