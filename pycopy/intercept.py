@@ -25,6 +25,7 @@ from pycopy.kernel.attach import Hook
 from pycopy.kernel.heartbeat import Heartbeat
 from pycopy.kernel.module import Map
 from pycopy.process import console, daemon
+from pycopy.process.life import Life, Phase
 from pycopy.process.loop import READ, Loop
 from pycopy.process.signals import Signals
 from pycopy.report.picture import BALANCED, Value
@@ -76,7 +77,7 @@ class Intercept:
         self._taps: list[Tap] = []
         self._verdicts = Verdicts()
         self._relays = Relays(self._loop, self._verdicts, _log)
-        self._ending = False
+        self._life = Life()
         self._failure: PycopyError | None = None
         self._read = 0
         #: Set once everything is at rest: from then on the numbers must balance.
@@ -132,7 +133,8 @@ class Intercept:
 
     def _serve(self) -> None:
         woken_ns = timers_ns = look_ns = 0
-        while not self._ending:
+        self._life.begin()
+        while self._life.phase is Phase.RUNNING:
             if (rest_ns := woken_ns + _COALESCE_NS - time.monotonic_ns()) > 0:
                 time.sleep(rest_ns / 1e9)
             self._loop.wait(timers_ns)
@@ -189,7 +191,7 @@ class Intercept:
         self._server.forward(records)
 
     def _end(self) -> None:
-        self._ending = True
+        self._life.stop()
 
     def _finish(self) -> int:
         """Say goodbye, swallow what the replays still cause, detach, give account."""
@@ -205,6 +207,7 @@ class Intercept:
             while tap.ring.pending_bytes() and time.monotonic_ns() < until_ns:
                 self._drain(tap)
         self._final_counts = self._kernel_counts()
+        self._life.enter(Phase.FINISHED)
         wrong = self.balance()
         for line in wrong:
             _log(f"the ledger does not balance: {line}")

@@ -12,7 +12,6 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterable
-from enum import Enum
 
 from pycopy.command.config import ReplayConfig
 from pycopy.command.services import describe, describe_endpoints
@@ -28,6 +27,7 @@ from pycopy.kernel.attach import Hook
 from pycopy.kernel.heartbeat import Heartbeat
 from pycopy.process import daemon, memory
 from pycopy.process.console import say, while_slow
+from pycopy.process.life import Life, Phase
 from pycopy.process.loop import NEVER_NS, READ, Loop
 from pycopy.process.quiet import until_quiet
 from pycopy.process.signals import Signals
@@ -68,24 +68,6 @@ NO_INTERCEPT = "NO_INTERCEPT"
 PAYLOAD_SHARE = 4
 
 
-class Phase(Enum):
-    """Where a run is in its life; see :data:`NEXT`."""
-
-    STARTING = "nothing is captured yet"
-    RUNNING = "copying"
-    DRAINING = "told to stop: nothing more is captured, what is held and in flight still leaves"
-    FINISHED = "every connection to the target is closed, the ledger is final"
-
-
-#: What each phase may be followed by. A run that fails is not drained.
-NEXT = {
-    Phase.STARTING: {Phase.RUNNING, Phase.DRAINING},
-    Phase.RUNNING: {Phase.DRAINING, Phase.FINISHED},
-    Phase.DRAINING: {Phase.FINISHED},
-    Phase.FINISHED: set(),
-}
-
-
 class Replay:
     """One run. Build it, :meth:`start`, :meth:`run`, :meth:`finish`, :meth:`close` (always)."""
 
@@ -95,7 +77,7 @@ class Replay:
     ) -> None:  # fmt: skip
         """``ours`` tells which of an intercept's records are this run's."""
         self.config = config
-        self._phase = Phase.STARTING
+        self._life = Life()
         self._ledger = ledger
         self._reporter = reporter
         self._ours = ours
@@ -123,10 +105,6 @@ class Replay:
         self._fastpath: FastPath | None = None
         self._hop_listeners: list[Callable[[Hop], None]] = []
         reporter.join(self._loop, self.stop)
-
-    def _enter(self, phase: Phase) -> None:
-        assert phase in NEXT[self._phase], f"{phase.name} after {self._phase.name}"
-        self._phase = phase
 
     # Made by start(), which may do so twice: first with the fast path.
     _responses: Responses
@@ -284,14 +262,12 @@ class Replay:
 
     def stop(self) -> None:
         """Drain, and return from :meth:`run`."""
-        if self._phase in (Phase.STARTING, Phase.RUNNING):
-            self._enter(Phase.DRAINING)
+        self._life.stop()
 
     def run(self) -> None:
         """Copy until told to stop, then drain. Raises PycopyError when no device is left."""
-        if self._phase is Phase.STARTING:
-            self._enter(Phase.RUNNING)
-        while self._phase is Phase.RUNNING:
+        self._life.begin()
+        while self._life.phase is Phase.RUNNING:
             self._turn()
         self._captures.detach()
         if self._fastpath is not None:
@@ -338,7 +314,7 @@ class Replay:
         if fastpath is not None and now_ns >= fast_ns:
             fastpath.on_timer(now_ns)
         self._send()
-        if fastpath is not None and self._phase is Phase.RUNNING and not self._pending():
+        if fastpath is not None and self._life.phase is Phase.RUNNING and not self._pending():
             fastpath.after_turn(self._pending)
 
     def _pending(self) -> bool:
@@ -362,7 +338,7 @@ class Replay:
             self._refresh_counters()
             if self._silence.lasts:
                 self._silence.look(now_ns)
-        if self._phase is Phase.RUNNING:
+        if self._life.phase is Phase.RUNNING:
             self._responses.forget_released()
             if self._fastpath is not None:
                 self._fastpath.forget_released()
@@ -415,7 +391,7 @@ class Replay:
             tap.detach()
         self._count_rest()
         self._refresh_counters()
-        self._enter(Phase.FINISHED)
+        self._life.enter(Phase.FINISHED)
         self._ledger.settle()
         return self._ledger.balance()
 

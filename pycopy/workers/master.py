@@ -23,6 +23,7 @@ from pycopy.errors import EXIT_FAILED, EXIT_OK, PycopyError
 from pycopy.host import ports
 from pycopy.process import daemon
 from pycopy.process.console import say
+from pycopy.process.life import Life, Phase
 from pycopy.process.loop import NEVER_NS, READ, Loop
 from pycopy.process.memory import rss_bytes
 from pycopy.process.signals import Signals
@@ -81,9 +82,7 @@ class Master:
         self.children: list[Child] = []
         self._fork(shares.split(config, self._ports))
         self._loop = Loop()
-        self._started = False
-        self._ending = False
-        self._finished = False
+        self._life = Life()
         self._failure: PycopyError | None = None
         self._print_at = NEVER_NS
         #: How often which words were said, by us and by each worker.
@@ -124,14 +123,14 @@ class Master:
             self._turn()
             if self._failure is not None:
                 raise self._failure
-        self._started = True
+        self._life.begin()
         self._signals.started()
         say(self._banner())
         daemon.ready()
         self.view.start()
         while any(child.alive for child in self.children):
             self._turn()
-        self._finished = True
+        self._life.enter(Phase.FINISHED)
         self.view.stop()
         self.view.summary()
         wrong = [(child.name, words) for child in self.children for words in child.wrong]
@@ -161,7 +160,7 @@ class Master:
         assert isinstance(theirs_mb, int)
         process["rss_mb"] = theirs_mb + (rss_bytes() >> 20)
         process["workers"] = sum(child.alive for child in self.children)
-        if self._finished and not all(child.final for child in self.children):
+        if self._life.phase is Phase.FINISHED and not all(child.final for child in self.children):
             # Whatever the others say, what this one did last is not known.
             sections.setdefault("segments", {})[BALANCED] = "no"
         return sections
@@ -170,12 +169,12 @@ class Master:
 
     def _end(self) -> None:
         """Let the workers drain; they take it once, from whomever they hear it first."""
-        self._ending = True
+        self._life.stop()
         for child in self.children:
             child.signal(signal.SIGTERM)
 
     def _ask(self) -> None:
-        if not self._started:
+        if self._life.phase is Phase.STARTING:
             return
         for child in self.children:
             child.asked = child.alive
@@ -240,14 +239,14 @@ class Master:
         self._loop.remove(child.pidfd)
         child.asked = False
         if child.final and child.error is None:
-            if self._ending:
+            if self._life.phase is Phase.DRAINING:
                 return
             child.error = PycopyError(f"{child.name} was told to end")
         if child.error is None:
             child.error = PycopyError(f"{child.name} {_how(status)}")
         if self._failure is None:
             self._failure = child.error
-            if self._started and not self._ending:
+            if self._life.phase is Phase.RUNNING:
                 say(f"pycopy: {child.name} has ended, the others are drained: {child.error.cause}")
         self._end()
 

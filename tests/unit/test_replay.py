@@ -6,18 +6,10 @@ import pytest
 
 from pycopy.command.config import ReplayConfig
 from pycopy.process.loop import Loop
-from pycopy.replay import NEXT, Phase, Replay
+from pycopy.replay import Replay
 from pycopy.report.ledger import Ledger
 from pycopy.report.reporter import Console
 from pycopy.sources.live import Captures
-
-
-@pytest.fixture
-def replay():
-    ledger = Ledger()
-    made = Replay(ReplayConfig(), ledger, Console(ledger, 1.0, True, False, "test"))
-    yield made
-    made.close()
 
 
 def test_one_closer_that_fails_does_not_skip_the_rest():
@@ -42,21 +34,3 @@ def test_one_closer_that_fails_does_not_skip_the_rest():
     assert len(closed) == 2
     assert signal.getsignal(signal.SIGTERM) == before
     assert replay._loop._epoll.closed
-
-
-def test_whoever_stops_a_run_that_has_not_begun_has_it_drained(replay):
-    replay.stop()
-    assert replay._phase is Phase.DRAINING
-    replay.stop()  # from several sides
-    assert replay._phase is Phase.DRAINING
-
-
-def test_a_run_ends_once(replay):
-    assert set(NEXT) == set(Phase)
-    for phase in (Phase.RUNNING, Phase.DRAINING, Phase.FINISHED):
-        replay._enter(phase)
-    for phase in Phase:
-        with pytest.raises(AssertionError):
-            replay._enter(phase)
-    replay.stop()
-    assert replay._phase is Phase.FINISHED
