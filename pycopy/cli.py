@@ -208,7 +208,7 @@ def _replay(argv: list[str]) -> int:
     guards.check_interfaces(wanted.interfaces)
     local = devices.local_addresses()
     guards.check_targets(wanted.services, local, wanted.allow_public_target)
-    privileges.check_privileges()
+    privileges.check_privileges(privileges.SENDING)
 
     def body() -> int:
         warnings = [] if wanted.forwarded else guards.foreign_sources(wanted.services, local)

@@ -85,7 +85,7 @@ def _explain(name: str, error: syscall.Rejected) -> NoReturn:
     if "prohibited for !root" in error.log or "!root" in error.log:
         raise HostUnfit(
             "the verifier takes pointer arithmetic only from who has CAP_PERFMON",
-            privileges.PRIVILEGES_CURE,
+            privileges.cure(),
         ) from error
     if error.errno == errno.EPERM and not error.log:
         raise no_privileges(error) from error

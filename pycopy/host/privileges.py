@@ -3,16 +3,20 @@
 Tests: tests/unit/test_guards.py, tests/lab/test_rights.py
 """
 
+from collections.abc import Mapping
+
 from pycopy.errors import HostUnfit
 
-#: All that are needed, by their numbers (linux/capability.h).
-CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_PERFMON": 38, "CAP_BPF": 39}
+#: What it takes to load BPF programs and attach them, by their numbers (linux/capability.h).
+LOADING = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
+#: And what it takes to send as well, as replay does and intercept does not.
+SENDING = {**LOADING, "CAP_NET_RAW": 13}
 _CAP_SYS_ADMIN = 21
 
-#: Whom the kernel lets do all that pycopy does.
-PRIVILEGES_CURE = (
-    f"run it with sudo, or from a systemd unit with AmbientCapabilities={' '.join(CAPABILITIES)}"
-)
+
+def cure(needed: Mapping[str, int] = LOADING) -> str:
+    """What to type, to have the capabilities of ``needed``."""
+    return f"run it with sudo, or from a systemd unit with AmbientCapabilities={' '.join(needed)}"
 
 
 def effective_capabilities() -> int:
@@ -24,15 +28,15 @@ def effective_capabilities() -> int:
     return 0
 
 
-def check_privileges(effective: int | None = None) -> None:
-    """Whether this process may load BPF programs, attach them, and send frames, or HostUnfit."""
+def check_privileges(needed: Mapping[str, int] = LOADING, effective: int | None = None) -> None:
+    """HostUnfit if this process lacks one of ``needed``, LOADING or SENDING."""
     held = effective_capabilities() if effective is None else effective
     if held & 1 << _CAP_SYS_ADMIN:
         # Both were split off it (Linux 5.8), and it includes them ever since.
-        held |= 1 << CAPABILITIES["CAP_BPF"] | 1 << CAPABILITIES["CAP_PERFMON"]
-    missing = [name for name, bit in CAPABILITIES.items() if not held & 1 << bit]
+        held |= 1 << LOADING["CAP_BPF"] | 1 << LOADING["CAP_PERFMON"]
+    missing = [name for name, bit in needed.items() if not held & 1 << bit]
     if missing:
         raise HostUnfit(
             f"not enough privilege: {', '.join(missing)} missing",
-            PRIVILEGES_CURE,
+            cure(needed),
         )

@@ -104,9 +104,7 @@ def map_refused(name: str, error: OSError) -> PycopyError:
 
 def no_privileges(error: OSError) -> HostUnfit:
     """The kernel refuses bpf(2) itself."""
-    return HostUnfit(
-        f"the kernel refuses bpf(2) here: {error.strerror}", privileges.PRIVILEGES_CURE
-    )
+    return HostUnfit(f"the kernel refuses bpf(2) here: {error.strerror}", privileges.cure())
 
 
 def lift_memory_limit() -> None:

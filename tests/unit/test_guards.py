@@ -100,15 +100,17 @@ def test_public_targets_need_a_flag(text):
 def test_privileges():
     bits = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_PERFMON": 38, "CAP_BPF": 39}
     every = sum(1 << bit for bit in bits.values())
-    privileges.check_privileges(every)
+    needed = privileges.SENDING
+    privileges.check_privileges(needed, every)
     # CAP_SYS_ADMIN stands in for CAP_BPF and CAP_PERFMON
-    privileges.check_privileges(1 << 12 | 1 << 13 | 1 << 21)
+    privileges.check_privileges(needed, 1 << 12 | 1 << 13 | 1 << 21)
     for name, bit in bits.items():
         with pytest.raises(HostUnfit) as caught:
-            privileges.check_privileges(every & ~(1 << bit))
+            privileges.check_privileges(needed, every & ~(1 << bit))
         assert caught.value.cause.endswith(f": {name} missing")
         assert "sudo" in caught.value.cure
-        assert "AmbientCapabilities" in caught.value.cure
+        assert "AmbientCapabilities" in caught.value.cure and name in caught.value.cure
+    privileges.check_privileges(privileges.LOADING, every & ~(1 << bits["CAP_NET_RAW"]))
 
 
 def test_interfaces():
