@@ -1,4 +1,7 @@
-"""Where a run is in its life: one table for replay, intercept, and the master of workers."""
+"""Where a run is in its life: one table for replay, intercept, and the master of workers.
+
+Tests: tests/unit/test_replay.py, tests/unit/test_intercept.py
+"""
 
 from enum import Enum
 
@@ -28,6 +31,7 @@ class Life:
         self.phase = Phase.STARTING
 
     def enter(self, phase: Phase) -> None:
+        """Go to ``phase``, which the table must have after the one that is."""
         assert phase in NEXT[self.phase], f"{phase.name} after {self.phase.name}"
         self.phase = phase
 

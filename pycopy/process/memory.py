@@ -27,6 +27,7 @@ class Limit:
         self.exceeded = False
 
     def look(self) -> bool:
+        """Look anew: whether it is exceeded now."""
         self.exceeded = bool(self._limit_bytes) and own_bytes() > self._limit_bytes
         return self.exceeded
 

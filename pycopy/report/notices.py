@@ -1,4 +1,7 @@
-"""What a run says of itself while it goes on, besides its numbers: once, when it matters."""
+"""What a run says of itself while it goes on, besides its numbers: once, when it matters.
+
+Tests: tests/lab/test_replay_words.py
+"""
 
 from pycopy.kernel.abi import CaptureCount
 from pycopy.process.console import say

@@ -1,4 +1,7 @@
-"""Whom a replay gives account to while it runs: the user's console, or a master of workers."""
+"""Whom a replay gives account to while it runs: the user's console, or a master of workers.
+
+Tests: tests/unit/test_replay.py
+"""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -44,4 +47,5 @@ class Console:
         """The view has a clock of its own."""
 
     def show(self) -> None:
+        """Print the ledger."""
         self.view.summary()

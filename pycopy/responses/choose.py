@@ -1,4 +1,7 @@
-"""Which of the two a run has, by -s: the driver knows them by base.py only."""
+"""Which of the two a run has, by -s: the driver knows them by base.py only.
+
+Tests: tests/unit/test_replay.py
+"""
 
 from pycopy.command.config import ReplayConfig
 from pycopy.host.nexthop import NextHops

@@ -2,6 +2,8 @@
 
 What the rules of arrival.py, departure.py, losing.py and pathmtu.py work on. The order in which
 they are applied, and the client's side, is session.py's, whose class this is the base of.
+
+Tests: tests/sessions/test_scripts.py
 """
 
 from collections.abc import Sequence
@@ -156,6 +158,7 @@ class Connection:
     # -- state, output -----------------------------------------------------------------------
 
     def move(self, event: Event) -> None:
+        """Go to the state that TRANSITIONS has for ``event``; KeyError if it has none."""
         self.state = TRANSITIONS[self.state, event]
 
     def emit(self, flags: int, pos: int, data: bytes, now_ns: int) -> None:
@@ -171,6 +174,7 @@ class Connection:
         self.emit_raw(flags, (target.iss + pos) & MASK, ack, data, now_ns)
 
     def emit_raw(self, flags: int, seq: int, ack: int, data: bytes, now_ns: int) -> None:
+        """Put a segment with exactly these 32-bit numbers on the host's outbox."""
         tsval = (now_ns // MS + self.host.rules.timestamp_origin) & MASK
         self.host.outbox.append(tuple.__new__(Emission, (self, flags, seq, ack, tsval, data)))
 

@@ -57,7 +57,7 @@ class Reset(str):
 
 
 class Unit(str):
-    """Of a count."""
+    """What a count counts, or a time is measured in."""
 
 
 class _Sampled:

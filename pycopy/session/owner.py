@@ -2,6 +2,8 @@
 
 The engine knows neither who that is nor how (pycopy/responses/: programs on this host, or
 intercepts on others).
+
+Tests: tests/unit/test_table.py
 """
 
 from typing import Protocol
@@ -23,8 +25,11 @@ class Owner(Protocol):
 class Nobody:
     """An owner where nothing needs to be told."""
 
-    def claim(self, target_key: bytes) -> None: ...
+    def claim(self, target_key: bytes) -> None:
+        """Nothing is swallowed by connection."""
 
-    def give(self, target_key: bytes) -> None: ...
+    def give(self, target_key: bytes) -> None:
+        """It does not matter who has the session."""
 
-    def release(self, target_key: bytes) -> None: ...
+    def release(self, target_key: bytes) -> None:
+        """Nothing was claimed."""

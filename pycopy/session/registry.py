@@ -1,4 +1,7 @@
-"""What the opening of sessions needs of the table that they are entered in."""
+"""What the opening of sessions needs of the table that they are entered in.
+
+Tests: tests/unit/test_opening.py
+"""
 
 from typing import Protocol
 

@@ -30,7 +30,7 @@ from pycopy.wire.seq import MASK
 
 
 class Host(connection.Host, Protocol):
-    """The same, with a clock."""
+    """What a whole session needs of its host: connection.Host, and a clock."""
 
     def schedule(self, session: "Session") -> None:
         """Call ``on_timer`` at the session's deadline."""

@@ -18,8 +18,8 @@ Service = tuple[bytes | None, int]
 
 #: Records taken from a ring before timers and the other inputs get their turn.
 BATCH = 256
-#: The same from a ring that fills faster than that: what is lifted meanwhile keeps it from
-#: running over.
+#: Records taken from a ring that fills faster than that: what is lifted meanwhile keeps it
+#: from running over.
 BUSY_BATCH = 64
 
 
@@ -179,6 +179,7 @@ class Captures:
             tap.detach()
 
     def close(self) -> None:
+        """Detach all of them and leave the loop; safe after a failed start."""
         with contextlib.ExitStack() as every_one:
             for tap in self.taps:
                 self._loop.remove(tap.ring.fileno())
