@@ -26,7 +26,7 @@ from pycopy.wire.segment import KEY, KIND_CLIENT, KIND_TOO_BIG, OPT_TIMESTAMPS, 
 from tests.bpf.fastpath import OURS_L2, SLOTS
 from tests.bpf.harness import TC_CONTINUE, TC_MAX_BYTES, TC_SHOT
 from tests.bpf.segments import frame_of, read
-from tests.bpf.states import Alone, Comparison
+from tests.bpf.states import Alone, Comparison, check_counts
 from tests.sessions.runner import Failed, Script
 
 TC_REDIRECT = 7
@@ -101,6 +101,7 @@ class Pair(Script):
         if self.ended:
             return  # what lingers is left to itself
         self.comparison.check(self.kept(), self.alone_engine.table.by_target)
+        check_counts(self.ledger, self.alone_engine.ledger)
 
     def adopt(self, found, now_ns):
         """The table goes on with a session of the kernel's: the connection is the same."""

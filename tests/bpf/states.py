@@ -1,7 +1,8 @@
 """A session of the kernel's (``struct pycopy_session``), field by field, and the engine's.
 
 An engine that runs alone is given what the two executors are given. After each line of a script
-every session that the kernel has must stand where the engine's stands. Each field of
+every session that the kernel has must stand where the engine's stands, and both must have counted
+the same. Each field of
 :class:`~pycopy.session.fields.KernelSession` is compared, or named here with the reason why it is
 not.
 """
@@ -9,6 +10,7 @@ not.
 from collections import Counter
 from operator import attrgetter
 
+from pycopy.session.fates import Count
 from pycopy.session.fields import FIELDS, Known, Space
 from pycopy.session.states import State
 from pycopy.session.views import NEVER, NO_POSITION
@@ -39,6 +41,23 @@ STILL_SAID = (
 
 #: The kernel counts its windows in 32 bits and ends growth here, where nothing is limited by them.
 _WINDOW_MOST = 1 << 30
+
+#: What both executors count. What is sent only the kernel and the sender behind the engine do; a
+#: RST leaves the kernel, but for one in TIME_WAIT, which is not counted as such there.
+COUNTED = (
+    Count.CAPTURED, Count.SYN, Count.PAYLOAD, Count.PAYLOAD_BYTES, Count.RESPONSES,
+    Count.RESPONSE_PAYLOAD, Count.RESPONSE_FIN, Count.SESSIONS, Count.ESTABLISHED,
+    Count.RELEASED_BY_QUIET,
+)  # fmt: skip
+
+
+def check_counts(ledger, alone):
+    """The ledger of both executors says what the engine's says, wherever a session is."""
+    for count in COUNTED:
+        if ledger.counts[count] != alone.counts[count]:
+            raise Failed(f"{count.name} {ledger.counts[count]}, the engine's {alone.counts[count]}")
+    if ledger.hold != alone.hold:
+        raise Failed(f"hold times {ledger.hold}, the engine's {alone.hold}")
 
 
 class Alone(Script):

@@ -67,8 +67,7 @@ def test_the_rules_have_enough_changes_and_each_is_one():
     found = all_mutants()
     assert len({each.key for each in found}) == len(found)
     by_file = {name: (ROOT / "bpf" / name).read_text() for name in {each.file for each in found}}
-    rules = [each for each in found if each.file == "session.h"]
-    assert len(rules) >= 150 and {each.operator for each in rules} == set(OPERATORS)
+    assert len(found) >= 150 and {each.operator for each in found} == set(OPERATORS)
     for each in found:
         text = by_file[each.file]
         assert text[each.start : each.end] == each.old != each.new
