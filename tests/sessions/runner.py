@@ -35,6 +35,8 @@ from pycopy.wire.seq import MASK, diff
 ONLINE_IRS, TARGET_IRS = 0xFFFFFF00, 0xABCDEF00  # one of them wraps in any script
 FLAGS = "FSRP.UEW"
 PATTERN = bytes(i % 251 for i in range(1 << 17))
+#: Of the options that have one length (RFC 9293 3.2, RFC 2018 2, RFC 7323 2.2 and 3.2).
+OPTION_BYTES = {2: 4, 3: 3, 4: 2, 8: 10}
 ADDRESSES = {
     4: [bytes(10) + b"\xff\xff" + bytes([10, 0, 0, n]) for n in range(3)],
     6: [b"\xfc\x00" + bytes(13) + bytes([n]) for n in range(3)],
@@ -73,7 +75,9 @@ def options_text(options, irs):
     while i < len(options):
         kind, size = options[i], options[i + 1] if options[i] > 1 else 1
         body, i = options[i + 2 : i + size], i + size
-        if kind == 2:
+        if size != OPTION_BYTES.get(kind, size):
+            words.append(f"option {kind} with {size} bytes")
+        elif kind == 2:
             words.append(f"mss {int.from_bytes(body, 'big')}")
         elif kind == 3:
             words.append(f"wscale {body[0]}")
