@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from pycopy.errors import HostUnfit
 
-#: What it takes to load BPF programs and attach them, by their numbers (linux/capability.h).
-LOADING = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
-#: And what it takes to send as well, as replay does and intercept does not.
-SENDING = {**LOADING, "CAP_NET_RAW": 13}
+#: What replay needs, by their numbers (linux/capability.h).
+SENDING = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_PERFMON": 38, "CAP_BPF": 39}
+#: What it takes to load BPF programs and attach them, without sending: what intercept needs.
+LOADING = {name: number for name, number in SENDING.items() if name != "CAP_NET_RAW"}
 _CAP_SYS_ADMIN = 21
 
 

@@ -42,7 +42,7 @@ int %s(PYCOPY_CTX *ctx)
 
 CHILD = """
 import sys, time
-from pycopy.loader import Hook, attach
+from pycopy.kernel.attach import Hook, attach
 from tests.bpf.sources import load
 source, ifname, hook, prefer_link = sys.argv[1:]
 hook = Hook[hook]
