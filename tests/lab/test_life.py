@@ -173,7 +173,8 @@ def test_a_client_that_resets(scenario, lab, request, placement):
     outcome = account(
         run, request, f"clients reset ({placement.value})", recovered_s, connections=False
     )
-    assert outcome.replays[0]["ledger"]["sessions"]["ended_client_reset"] == 33
+    ledger = outcome.replays[0]["ledger"]
+    assert ledger["sessions"]["ended_client_reset"] == 33, ledger
 
 
 # -- ports -------------------------------------------------------------------------------------
