@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from heapq import heapify, heappop, heapreplace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pycopy.kernel import perfevent, syscall
 from pycopy.kernel.alarm import Alarm
@@ -97,6 +97,10 @@ class CpuRing:
 
         The next one may be asked for once ``position`` is at the end of the one before.
         """
+        return self._items(index, head)
+
+    def _items(self, index: int, head: int, *, raw: bool = False) -> Iterator[Item[Any]]:
+        """What :meth:`records` yields, or :meth:`segments`."""
         pages, words, base, data_bytes = self._pages, self._words, mmap.PAGESIZE, self._data_bytes
         unpack, new, segment_type = SEGMENT.unpack_from, tuple.__new__, Segment
         mask, position = data_bytes - 1, self.position
@@ -113,39 +117,25 @@ class CpuRing:
                 offset = base + at + _RAW_AT
             else:
                 source, offset = self._joined(at, size), _RAW_AT
-            fields = unpack(source, offset)
-            payload_bytes = fields[_PAYLOAD_BYTES]
+            if raw:
+                time_ns, payload_bytes = _ESSENCE.unpack_from(source, offset)
+            else:
+                fields = unpack(source, offset)
+                time_ns, payload_bytes = fields[0], fields[_PAYLOAD_BYTES]
             if payload_bytes > size - _SAMPLE_BYTES_MIN:
                 position = self._skip(position, head)
                 continue
-            offset += SEGMENT_BYTES
-            payload = source[offset : offset + payload_bytes] if payload_bytes else b""
-            yield fields[0], index, end, (new(segment_type, fields), payload)
+            body = offset + SEGMENT_BYTES
+            if raw:
+                yield time_ns, index, end, source[offset:body]
+            else:
+                payload = source[body : body + payload_bytes] if payload_bytes else b""
+                yield time_ns, index, end, (new(segment_type, fields), payload)
             position = end
 
     def segments(self, index: int, head: int) -> Iterator[Item[bytes]]:
         """As :meth:`records`, but each record's struct pycopy_segment as it is."""
-        pages, words, base, data_bytes = self._pages, self._words, mmap.PAGESIZE, self._data_bytes
-        unpack, mask, position = _ESSENCE.unpack_from, data_bytes - 1, self.position
-        while position < head:
-            at = position & mask
-            word = words[(base + at) >> 3]
-            size = word >> _SIZE_SHIFT
-            end = position + size
-            if word & _TYPE != _SAMPLE or size < _SAMPLE_BYTES_MIN or end > head:
-                position = self._skip(position, head)
-                continue
-            if at + size <= data_bytes:
-                source: mmap.mmap | bytes = pages
-                offset = base + at + _RAW_AT
-            else:
-                source, offset = self._joined(at, size), _RAW_AT
-            time_ns, payload_bytes = unpack(source, offset)
-            if payload_bytes > size - _SAMPLE_BYTES_MIN:
-                position = self._skip(position, head)
-                continue
-            yield time_ns, index, end, source[offset : offset + SEGMENT_BYTES]
-            position = end
+        return self._items(index, head, raw=True)
 
     def _joined(self, at: int, size: int) -> bytes:
         """The record at ``at``, which goes on where the data begin."""
