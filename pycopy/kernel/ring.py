@@ -12,6 +12,7 @@ import mmap
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 from pycopy.wire.segment import PIECE_BYTES, SEGMENT, SEGMENT_BYTES, Segment
 
@@ -126,7 +127,8 @@ class Ring:
             self.lifted_bytes -= SEGMENT_BYTES + len(payload)
             yield segment, payload
 
-    def _drain_ring(self, limit: int) -> Iterator[tuple[Segment, bytes]]:
+    def _drain_ring(self, limit: int, *, raw: bool = False) -> Iterator[Any]:
+        """What :meth:`drain` yields, or :meth:`drain_raw`."""
         pages, words, start = self._pages, self._words, self._start
         consumer, mask, window = self._consumer, self._mask, self._window
         unpack, new, segment_type = SEGMENT.unpack_from, tuple.__new__, Segment
@@ -145,14 +147,18 @@ class Ring:
                 if head & _DISCARD:
                     continue
                 offset += _HEAD_BYTES
-                fields = unpack(pages, offset)
-                payload_bytes = fields[_PAYLOAD_BYTES]
-                offset += SEGMENT_BYTES
-                payload = pages[offset : offset + payload_bytes] if payload_bytes else b""
+                body = offset + SEGMENT_BYTES
+                if raw:
+                    record: Any = pages[offset:body]
+                else:
+                    fields = unpack(pages, offset)
+                    payload_bytes = fields[_PAYLOAD_BYTES]
+                    payload = pages[body : body + payload_bytes] if payload_bytes else b""
+                    record = new(segment_type, fields), payload
                 left -= 1
                 if not left & _COMMIT_MASK:
-                    consumer[0] = position
-                yield new(segment_type, fields), payload
+                    consumer[0] = position  # not before it is copied
+                yield record
         finally:
             self._position = position
             # Closed half-way (an interrupt): then nobody waits for the room.
@@ -161,32 +167,7 @@ class Ring:
 
     def drain_raw(self, limit: int) -> Iterator[bytes]:
         """As :meth:`drain`, but each record's struct pycopy_segment as it is, for the channel."""
-        pages, words, start = self._pages, self._words, self._start
-        consumer, mask, window = self._consumer, self._mask, self._window
-        position, end = self._position, self._producer[0]
-        left = limit
-        try:
-            while left and position < end:
-                offset = (position & mask) - start
-                if not 0 <= offset < window:
-                    pages, words, start = self._move(offset + start)
-                    offset = (position & mask) - start
-                head = words[offset >> 2]
-                if head & _BUSY:
-                    break
-                position += ((head & _LENGTH) + _HEAD_BYTES + 7) & ~7
-                if head & _DISCARD:
-                    continue
-                offset += _HEAD_BYTES
-                left -= 1
-                if not left & _COMMIT_MASK:
-                    consumer[0] = position
-                yield pages[offset : offset + SEGMENT_BYTES]
-        finally:
-            self._position = position
-            # Closed half-way (an interrupt): then nobody waits for the room.
-            with suppress(ValueError):
-                consumer[0] = position
+        return self._drain_ring(limit, raw=True)
 
     def close(self) -> None:
         """Unmap; the descriptor is closed by whoever opened it."""

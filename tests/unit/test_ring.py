@@ -252,3 +252,34 @@ def test_lifting_stops_at_a_record_that_is_being_written(ring, writer):
     assert ring.pending_bytes() == writer.position - at
     writer.head(at, len(record(2, b"late")))
     assert drained(ring) == [(2, b"late")]
+
+
+class Reused:
+    """The consumer's position, before which the kernel writes anew as soon as it is moved."""
+
+    def __init__(self, writer, word):
+        self._writer, self._word = writer, word
+
+    def __getitem__(self, index):
+        return self._word[index]
+
+    def __setitem__(self, index, position):
+        for at in range(self._word[index], position):
+            self._writer._copy(at, b"\xee")
+        self._word[index] = position
+
+    def release(self):
+        self._word.release()
+
+
+@pytest.mark.parametrize("drain", ["drain", "drain_raw"])
+def test_a_record_is_copied_before_its_room_is_given_back(writer, ring, monkeypatch, drain):
+    monkeypatch.setattr(ring_module, "_COMMIT_MASK", 0)
+    ring._consumer = Reused(writer, ring._consumer)
+    written = [record(seq, b"payload") for seq in range(3)]
+    for content in written:
+        writer.write(content)
+    found = list(getattr(ring, drain)(3))
+    if drain == "drain":
+        found = [SEGMENT.pack(*segment) + payload for segment, payload in found]
+    assert found == [content[: len(each)] for content, each in zip(written, found, strict=True)]
